@@ -1,0 +1,221 @@
+"""The one typed configuration: TOML files layered from left to right, then --key=value.
+
+    cfg = load_config(["config/small.toml", "config/carope.toml", "--seed=2"])
+
+pydantic checks types and limits, argparse splits the command line; a value from a file and one from the command line
+go through the same checks and are refused in the same words. torch is not imported unless a configuration is built.
+"""
+
+import argparse
+import difflib
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from errors import UserError
+
+
+class Config(BaseModel):
+    """Everything that decides what a run computes; frozen and validated. Raises pydantic.ValidationError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # run
+    name: str = Field("", description="run folder below out_dir [default: the names of the config files, joined by '-']")
+    out_dir: str = Field("runs", description="where run folders are kept")
+    data: str = Field("data/fineweb-edu-10B", description="folder of token shards, as prepare_fineweb.py writes it")
+    seed: NonNegativeInt = Field(1, description="seed of the initial weights")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one, else cpu")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
+    )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto is on for cuda")
+
+    # model
+    encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
+    n_layer: PositiveInt = Field(12, description="transformer blocks")
+    n_head: PositiveInt = Field(12, description="attention heads")
+    n_embd: PositiveInt = Field(768, description="model width, channels")
+    vocab_size: PositiveInt = Field(50304, le=65536, description="embedding rows, token ids with padding")
+    block_size: PositiveInt = Field(512, description="training length, tokens")
+    rope_base: float = Field(10000.0, gt=1, description="base of RoPE's frequencies, also where CARoPE starts")
+    sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
+
+    # optimization
+    micro_batch: PositiveInt = Field(32, description="sequences per forward pass and device")
+    tokens_per_step: PositiveInt = Field(524_288, description="tokens per optimizer step, over all devices")
+    steps: PositiveInt = Field(19_000, description="optimizer steps")
+    warmup_steps: NonNegativeInt = Field(750, description="steps of linear learning-rate warm-up")
+    lr: PositiveFloat = Field(6e-4, description="learning rate after the warm-up")
+    min_lr: NonNegativeFloat = Field(6e-5, description="learning rate at the end of the cosine")
+    weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's, on tensors of two or more dimensions")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's β1")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's β2")
+    grad_clip: PositiveFloat = Field(1.0, description="largest gradient norm")
+
+    # evaluation, logs, checkpoints
+    eval_every: PositiveInt = Field(250, description="steps between validations")
+    eval_tokens: PositiveInt = Field(655_360, description="tokens of a validation during training (20 batches of 64 × 512)")
+    final_eval_tokens: NonNegativeInt = Field(0, description="tokens of the last validation; 0 is the whole evaluation set")
+    log_every: PositiveInt = Field(1, description="steps between records in log.jsonl")
+    save_every: PositiveInt = Field(1000, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+    wandb: Literal["online", "offline", "disabled"] = Field("disabled", description="log to Weights & Biases")
+    wandb_project: str = Field("carope", description="Weights & Biases project")
+    tensorboard: bool = Field(False, description="log to TensorBoard, into the run folder")
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> "Config":
+        from positional import ENCODINGS  # here, so that --help does not wait for torch
+
+        if self.encoding not in ENCODINGS:
+            raise ValueError(
+                f"encoding = {self.encoding!r}: {_did_you_mean(self.encoding, ENCODINGS)}there are {', '.join(ENCODINGS)}"
+            )
+        if self.n_embd % self.n_head:
+            works = ", ".join(str(h) for h in _nearest_divisors(self.n_embd, self.n_head))
+            raise ValueError(
+                f"n_head = {self.n_head}: n_embd = {self.n_embd} must be a multiple of it; the nearest that work: n_head = {works}"
+            )
+        ENCODINGS[self.encoding].check(self)
+        if self.tokens_per_step % self.block_size:
+            below = self.tokens_per_step // self.block_size * self.block_size
+            works = " or ".join(str(n) for n in (below, below + self.block_size) if n)
+            raise ValueError(
+                f"tokens_per_step = {self.tokens_per_step}: must be a multiple of block_size = {self.block_size}; "
+                f"the nearest that work: {works}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: must not exceed steps = {self.steps}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr}: must not exceed lr = {self.lr}")
+        return self
+
+
+# What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
+FREE_ON_RESUME = frozenset(
+    ["name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "wandb", "wandb_project", "tensorboard"]
+)
+
+
+def grad_accum(cfg: Config, world_size: int) -> int:
+    """Micro-steps per optimizer step on each of `world_size` devices.
+
+    Raises UserError, with the nearest settings that work, where tokens_per_step is no multiple of
+    micro_batch × block_size × world_size.
+    """
+    per_pass = cfg.micro_batch * cfg.block_size * world_size
+    accum, rest = divmod(cfg.tokens_per_step, per_pass)
+    if not rest:
+        return accum
+    works = [f"--tokens_per_step={n}" for n in (accum * per_pass, (accum + 1) * per_pass) if n]
+    rows, odd = divmod(cfg.tokens_per_step, cfg.block_size * world_size)
+    if not odd:
+        works += [f"--micro_batch={b}" for b in _nearest_divisors(rows, cfg.micro_batch)]
+    raise UserError(
+        f"tokens_per_step = {cfg.tokens_per_step} is no multiple of micro_batch {cfg.micro_batch} × block_size {cfg.block_size} "
+        f"× {world_size} device(s) = {per_pass}; the nearest that work: {', '.join(works)}"
+    )
+
+
+def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
+    """Config from `argv`: config files, then --key=value (or --key value; underscores or hyphens).
+
+    Raises UserError naming key, value, place, limit and the nearest right key; SystemExit after --help, --print_config.
+    """
+    args, unknown = _parser(prog).parse_known_intermixed_args(list(argv))
+    for word in unknown:
+        key = word.lstrip("-").split("=")[0].replace("-", "_")
+        raise UserError(f"{word}: no such option; {_did_you_mean(key, Config.model_fields, '--')}--help lists them")
+    values, places = _layers(args.files)
+    overrides = {key: value for key, value in vars(args).items() if key in Config.model_fields}
+    values |= overrides
+    places |= dict.fromkeys(overrides, "command line")
+    if not values.get("name"):
+        values["name"] = "-".join(Path(file).stem for file in args.files) or f"gpt2-{values.get('encoding', 'rope')}"
+    try:
+        cfg = Config(**values)
+    except pydantic.ValidationError as error:
+        raise UserError(_one_line(error, places)) from None
+    if Path(cfg.name).name != cfg.name or cfg.name in (".", ".."):
+        raise UserError(f"name = {cfg.name!r}: must be a plain folder name; out_dir says where it lies")
+    if args.print_config:
+        print(to_toml(cfg), end="")
+        raise SystemExit(0)
+    grad_accum(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    return cfg
+
+
+def to_toml(cfg: Config) -> str:
+    """`cfg` as a TOML document that load_config reads back."""
+    quoted = {str: lambda v: '"' + v.replace("\\", "\\\\").replace('"', '\\"') + '"', bool: lambda v: str(v).lower()}
+    return "".join(f"{key} = {quoted.get(type(value), repr)(value)}\n" for key, value in cfg.model_dump().items())
+
+
+def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for file in files:
+        try:
+            layer = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            near = _did_you_mean(file, [str(p) for p in Path("config").glob("*.toml")])
+            raise UserError(f"{file}: cannot be read ({error.strerror}); {near}a config file ends in .toml") from None
+        except ValueError as error:
+            raise UserError(f"{file}: not TOML ({error})") from None
+        for key in layer:
+            if key not in Config.model_fields:
+                raise UserError(f"{file}: no such key {key!r}; {_did_you_mean(key, Config.model_fields)}--help lists them")
+        values |= layer
+        places |= dict.fromkeys(layer, file)
+    return values, places
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [CONFIG.toml ...] [--key=value ...]",
+        description="Config files are layered from left to right; --key=value goes on top.",
+    )
+    parser.add_argument("files", nargs="*", metavar="CONFIG.toml", help="e.g. config/small.toml config/carope.toml")
+    parser.add_argument("--print_config", "--print-config", action="store_true", help="show the result as TOML and leave")
+    for key, field in Config.model_fields.items():
+        choices = getattr(field.annotation, "__args__", None)
+        kind = "|".join(choices) if choices else getattr(field.annotation, "__name__", "value")
+        default = "" if "[default" in field.description else f" [default: {field.default}]"
+        names = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])
+        parser.add_argument(*names, default=argparse.SUPPRESS, metavar=kind, help=field.description + default)
+    return parser
+
+
+def _one_line(error: pydantic.ValidationError, places: dict[str, str]) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    key = str(first["loc"][0])
+    return f"{key} = {first['input']!r} ({places.get(key, 'default')}): {message[0].lower()}{message[1:]}"
+
+
+def _did_you_mean(word: str, known, prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}? " if near else ""
+
+
+def _nearest_divisors(n: int, wanted: int) -> list[int]:
+    """The largest divisor of `n` below `wanted` and the smallest above it, where they exist."""
+    below = [d for d in range(1, wanted) if n % d == 0]
+    above = next((d for d in range(wanted + 1, n + 1) if n % d == 0), None)
+    return below[-1:] + ([above] if above else [])

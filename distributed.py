@@ -1,0 +1,155 @@
+"""Ranks, devices and number formats: everything about where a run computes, nothing about what it computes.
+
+One process is world size 1; under torchrun the process group is NCCL on GPUs and gloo on CPUs.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import UserError
+
+# Dense bf16 TFLOP/s by vendor data sheet; the first name found in the device's name counts
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H100 PCIe": 756, "H100 NVL": 835, "GH200": 989.4, "H200": 989.4, "H100": 989.4,
+    "H800": 989.4, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125,
+    "A40": 149.7, "A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
+
+
+class Distributed:
+    """This process among all: `rank`, `local_rank`, `world_size`, `device`, and `dtype`, the autocast type."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = self.rank == 0
+
+    @classmethod
+    def start(cls, cfg: Any) -> "Distributed":
+        """Join the process group where there is one; `cfg` has device and dtype.
+
+        Raises UserError for a device that is not there or a type it does not have.
+        """
+        device = pick_device(cfg.device)
+        self = cls(device, pick_dtype(cfg.dtype, device))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+            )
+        return self
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
+        """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
+        net = model
+        if cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda"):
+            net = torch.compile(net, dynamic=False)
+        if dist.is_initialized():
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return net
+
+    def sync_if(self, net: nn.Module, last: bool) -> AbstractContextManager:
+        """DDP exchanges gradients on the last micro-step only; nothing to do without DDP."""
+        return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
+
+    def autocast(self) -> AbstractContextManager:
+        """Matmuls in `dtype`; a no-op for float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Sum of `x` over ranks, in place."""
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        return x
+
+    def mean_(self, x: Tensor) -> Tensor:
+        """Mean of `x` over ranks, in place."""
+        return self.sum_(x).div_(self.world_size)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; every rank must ask."""
+        if not dist.is_initialized():
+            return flag
+        return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value` (anything picklable) on every rank."""
+        if not dist.is_initialized():
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.any(False)
+
+    def peak_memory(self) -> int:
+        """Most bytes held so far: of device memory on a GPU, of resident memory on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def peak_flops(self) -> float | None:
+        """Dense FLOP/s of this device in `dtype` by its data sheet; None where it is not known."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.device))
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s by data sheet of the GPU that calls itself `device_name`; None for one we do not know."""
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process for "auto", "cuda" or "cpu"."""
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not has_cuda):
+        return torch.device("cpu")
+    if not has_cuda:
+        raise UserError("device = 'cuda': this machine has no CUDA device that torch can use; --device=cpu works everywhere")
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"local rank {index} has no GPU, this node has {count}; --nproc_per_node={count} is the most")
+    return torch.device("cuda", index)
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The autocast type of "auto", "bfloat16" or "float32" on `device`."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    return torch.bfloat16 if has_bf16(device) else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware (GPUs from Ampere; CPUs with AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe)
+
+
+def local_and_eager(net: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """What `Distributed.wrap` returned without DDP, and without compilation too."""
+    local = net.module if isinstance(net, DistributedDataParallel) else net
+    return local, getattr(local, "_orig_mod", local)

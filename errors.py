@@ -1,0 +1,35 @@
+"""A user's mistake is one line on stderr and exit code 2, never a traceback."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what, where, the limit and the way out."""
+
+
+def command(main: Callable[[], int | None]) -> Callable[[], None]:
+    """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130.
+
+    Under torchrun every rank meets the same mistake; only local rank 0 says it.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            code = main()
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            code = 130
+        except BrokenPipeError:  # the reader of our output left, as in `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        sys.exit(code)
+
+    return run

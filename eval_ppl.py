@@ -1,0 +1,172 @@
+"""Perplexity of runs or checkpoints at several lengths, on the same tokens at every length.
+
+    python eval_ppl.py runs/small-carope runs/small-rope --lengths 512 1024
+    torchrun --standalone --nproc_per_node=2 eval_ppl.py runs/small-carope --json results.json
+
+Windows do not overlap: with length T, window w predicts tokens wT+1 … wT+T from the at most T tokens before each inside
+the window, the last window is what is left. So every token of the evaluation set but the first is predicted exactly
+once, whatever T is. Perplexity is exp of the mean of their negative log-likelihoods.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; abbreviations are not taken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+    add("--lengths", nargs="+", type=int, default=[512, 1024], metavar="T", help="window lengths, tokens [default: 512 1024]")
+    add("--max_tokens", "--max-tokens", type=int, default=0, help="evaluate the first so many tokens only [default: all]")
+    add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte of logits]")
+    add("--data", help="folder of token shards [default: the one the run was trained on]")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="[default: auto, bfloat16 where in hardware]")
+    add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
+    parse_args()
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from checkpoint import load_model
+from data import TokenStream, to_batch
+from distributed import Distributed, local_and_eager
+from errors import UserError, command
+from provenance import git_version
+from shards import write_json
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log-likelihood per token in nats, its standard error over windows, and the number of tokens."""
+
+    nll: float
+    nll_stderr: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.nll_stderr
+
+
+def evaluate(
+    net: nn.Module, stream: TokenStream, length: int, batch: int, dist: Distributed, max_tokens: int = 0, progress: bool = False
+) -> Evaluation:
+    """Evaluate `net` in windows of `length`, `batch` windows at a time, sharded over ranks; every rank must call it.
+
+    `max_tokens` limits the targets to the first so many; 0 is all of the stream.
+    """
+    local, eager = local_and_eager(net)  # odd-shaped batches go to the eager model: compiling for them does not pay
+    n_tokens = min(len(stream) - 1, max_tokens or len(stream))
+    n_windows = math.ceil(n_tokens / length)
+    chunks = list(_chunks(n_tokens, length, batch))[dist.rank :: dist.world_size]
+    sums_W = torch.zeros(n_windows, dtype=torch.float64, device=dist.device)
+    training = eager.training
+    eager.eval()
+    with torch.no_grad(), dist.autocast():
+        for first, count, width in tqdm(chunks, unit="batch", leave=False, disable=None if progress else True):
+            x_BT, y_BT = to_batch(stream.read(first * length, count * width + 1), width, dist.device)
+            model = local if (count, width) == (batch, length) else eager
+            sums_W[first : first + count] = model(x_BT, y_BT, reduction="none").double().sum(1)
+    eager.train(training)
+    dist.sum_(sums_W)
+    sizes_W = torch.full_like(sums_W, length)
+    sizes_W[-1] = n_tokens - (n_windows - 1) * length
+    nll = (sums_W.sum() / n_tokens).item()
+    spread = (sums_W - nll * sizes_W).square().sum().item()
+    stderr = math.sqrt(spread * n_windows / (n_windows - 1)) / n_tokens if n_windows > 1 else math.nan
+    return Evaluation(nll, stderr, n_tokens)
+
+
+def _chunks(n_tokens: int, length: int, batch: int) -> Iterable[tuple[int, int, int]]:
+    """(first window, number of windows, their length) of each forward pass."""
+    whole, rest = divmod(n_tokens, length)
+    for first in range(0, whole, batch):
+        yield first, min(batch, whole - first), length
+    if rest:
+        yield whole, 1, rest
+
+
+def evaluate_run(path: str, args: argparse.Namespace, dist: Distributed) -> list[dict[str, Any]]:
+    """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions."""
+    model, state = load_model(path)
+    model.to(dist.device)
+    stream = TokenStream(args.data or model.cfg.data, "val", model.cfg.vocab_size)
+    if stream.tokenizer != state["tokenizer"]:
+        raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state['tokenizer']!r}")
+    results = []
+    for length in args.lengths:
+        result = {
+            "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
+            "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state["step"],
+            "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": state["path"],
+        }  # fmt: skip
+        if model.max_len is None or length <= model.max_len:
+            batch = args.batch or default_batch(length, model.cfg.vocab_size)
+            found = evaluate(model, stream, length, batch, dist, args.max_tokens, progress=dist.is_main)
+            result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": found.stderr}
+        results.append(result)
+    return results
+
+
+def default_batch(length: int, vocab_size: int) -> int:
+    """Windows per forward pass that keep the fp32 logits near a gigabyte."""
+    return max(1, 2**28 // (length * vocab_size))
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """The results as a table: a row per run, a column per length, – where there is none."""
+    lengths = list(dict.fromkeys(r["length"] for r in results))
+    rows: dict[tuple, dict[int, str]] = {}
+    for r in results:
+        cell = "–" if r["perplexity"] is None else f"{r['perplexity']:.2f} ± {r['stderr']:.2f}"
+        rows.setdefault((r["run"], r["encoding"], r["step"]), {})[r["length"]] = cell
+    table = [("run", "encoding", "step", *map(str, lengths))]
+    table += [(run, encoding, str(step), *(cells[n] for n in lengths)) for (run, encoding, step), cells in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in table
+    )
+
+
+@command
+def main() -> None:
+    args = parse_args()
+    for flag, smallest, values in (
+        ("lengths", 1, args.lengths),
+        ("max_tokens", 0, [args.max_tokens]),
+        ("batch", 0, [args.batch]),
+    ):
+        if min(values) < smallest:
+            raise UserError(f"--{flag} = {min(values)}: must be at least {smallest}")
+    dist = Distributed.start(args)
+    results = [result for path in args.runs for result in evaluate_run(path, args, dist)]
+    if dist.is_main:
+        print(render(results))
+        tokens = max((r["tokens"] or 0 for r in results), default=0)
+        print(f"perplexity ± standard error over windows, {tokens:,} tokens, {results[0]['dtype']} on {dist.device.type}")
+        if args.json:
+            write_json(args.json, results)
+    dist.close()
+
+
+if __name__ == "__main__":
+    main()

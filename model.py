@@ -1,0 +1,262 @@
+"""GPT-2: embeddings, blocks, attention, KV cache, loss. It names no positional encoding and knows no device.
+
+Shapes: B batch, T new positions, S cached and new positions, C width, H heads, D head width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from positional import ENCODINGS, PositionalEncoding
+
+
+class KVCache:
+    """Keys, values and coordinates of the tokens seen so far, so that the next one costs one position.
+
+    `GPT.forward` fills it; `len(cache)` is the number of positions held.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}  # layer → (B, H, capacity, D) twice
+        self.coords: dict[int, Tensor] = {}  # layer, or -1 for all → coordinates (…, S or 1, n)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this layer's new keys and values; returns all of them, (B, H, S, D)."""
+        end = self.length + k_BHTD.size(2)
+        kv = self.kv.get(layer)
+        if kv is None or end > kv[0].size(2):  # grow by doubling: amortized, appending costs O(1)
+            kv = tuple(self._grown(old, new, end) for old, new in zip(kv or (None, None), (k_BHTD, v_BHTD), strict=True))
+            self.kv[layer] = kv
+        for buffer, new in zip(kv, (k_BHTD, v_BHTD), strict=True):
+            buffer[:, :, self.length : end] = new
+        return kv[0][:, :, :end], kv[1][:, :, :end]
+
+    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
+        B, H, _, D = new.shape
+        buffer = new.new_empty(B, H, max(64, 1 << (end - 1).bit_length()), D)
+        if old is not None:
+            buffer[:, :, : self.length] = old[:, :, : self.length]
+        return buffer
+
+    def locate(
+        self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Coordinates of the new tokens, and of all tokens (of which only the last are kept unless `bias` wants them)."""
+        held = self.coords.get(layer)
+        last = x_BTC.new_zeros((1, 1, 1, 1), dtype=torch.float64) if held is None else held[..., -1:, :]
+        new = encoding.coords(x_BTC, pos_T, last)
+        if new is None:
+            return None, None
+        keeps_all = type(encoding).bias is not PositionalEncoding.bias
+        every = torch.cat((held, new), dim=-2) if keeps_all and held is not None else new
+        self.coords[layer] = every if keeps_all else new[..., -1:, :]
+        return new, every
+
+
+class Located:
+    """Where the tokens of one forward pass stand, as one encoding measures it, ready for attention to use."""
+
+    def __init__(self, encoding: PositionalEncoding, layer: int, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
+        if cache is None:
+            coords_q = coords_k = encoding.coords(x_BTC, pos_T)
+        else:
+            coords_q, coords_k = cache.locate(layer, encoding, x_BTC, pos_T)
+        self.encoding = encoding
+        self.frame = encoding.frame(coords_q)
+        self.bias = encoding.bias(coords_q, coords_k)
+
+    def rotate(self, u_BHTD: Tensor) -> Tensor:
+        return self.encoding.rotate(u_BHTD, self.frame)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, cfg: Any, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head = layer, cfg.n_head
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x_BTC: Tensor, located: Located, cache: KVCache | None) -> Tensor:
+        B, T, C = x_BTC.shape
+        q, k, v = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k = located.rotate(q), located.rotate(k)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        mask = causal_mask(T, k.size(2), located.bias, q)
+        y_BHTD = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+
+
+def causal_mask(T: int, S: int, bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """The additive or boolean mask of T queries at the end of S keys; None where `is_causal` or nothing says it all."""
+    if bias is None and (T in (1, S)):
+        return None
+    visible_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return visible_TS if bias is None else bias.to(q.dtype).masked_fill(~visible_TS, -math.inf)
+
+
+class MLP(nn.Module):
+    """Two linear layers around GELU (tanh form)."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.c_proj(functional.gelu(self.c_fc(x_BTC), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; holds an encoding of its own where the encoding is per layer."""
+
+    def __init__(self, cfg: Any, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attn = Attention(cfg, layer)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg)
+        self.wpe = ENCODINGS[cfg.encoding](cfg) if ENCODINGS[cfg.encoding].per_layer else None
+
+    def forward(self, x_BTC: Tensor, pos_T: Tensor, located: Located | None, cache: KVCache | None) -> Tensor:
+        h_BTC = self.ln_1(x_BTC)
+        if self.wpe is not None:
+            located = Located(self.wpe, self.layer, h_BTC, pos_T, cache)
+        x_BTC = x_BTC + self.attn(h_BTC, located, cache)
+        return x_BTC + self.mlp(self.ln_2(x_BTC))
+
+
+class GPT(nn.Module):
+    """GPT-2 with a pluggable positional encoding (`wpe`, after GPT-2's name for its own); the head is tied to `wte`.
+
+    `cfg` is a config.Config, or anything with its model fields.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.cfg = cfg
+        encoding = ENCODINGS[cfg.encoding]
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.wpe = None if encoding.per_layer else encoding(cfg)
+        self.encodings: list[PositionalEncoding] = [m for m in self.modules() if isinstance(m, PositionalEncoding)]
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Set every parameter: the table below, then what the encoding says of its own.
+
+        The encoding comes last, so that with one seed the rest of the model starts the same under every encoding.
+        """
+        residual = 0.02 / math.sqrt(2 * self.cfg.n_layer)
+        std = {"wte": 0.02, "c_attn": 0.02, "c_fc": 0.02, "c_proj": residual}
+        for name, module in self.named_modules():
+            kind = name.rsplit(".", 1)[-1]
+            if kind in std:
+                nn.init.normal_(module.weight, std=std[kind])
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if (kind in std and kind != "wte") or isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        for encoding in self.encodings:
+            encoding.init_weights()
+
+    @property
+    def max_len(self) -> int | None:
+        """Longest input the encoding has positions for; None is unlimited."""
+        return min((e.max_len for e in self.encodings if e.max_len is not None), default=None)
+
+    def n_params(self) -> dict[str, int]:
+        """Parameters: `total`; `embedding` (wte, shared with the head); `encoding` (positions); `body` (the rest)."""
+        total = sum(p.numel() for p in self.parameters())
+        encoding = sum(p.numel() for e in self.encodings for p in e.parameters())
+        embedding = self.wte.weight.numel()
+        return {"total": total, "embedding": embedding, "encoding": encoding, "body": total - embedding - encoding}
+
+    def flops_per_token(self) -> int:
+        """FLOPs of forward and backward per token at length T: 6 (12 L C² + V C) + 12 L C T."""
+        c = self.cfg
+        return 6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def forward(
+        self, idx_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V); with targets, the cross-entropy in nats: a scalar, or (B, T) for reduction="none".
+
+        With a cache, `idx_BT` are the tokens after those it holds. Raises ValueError beyond the encoding's max_len.
+        """
+        start = 0 if cache is None else len(cache)
+        B, T = idx_BT.shape
+        if self.max_len is not None and start + T > self.max_len:
+            raise ValueError(
+                f"sequence of {start + T} tokens: encoding {self.cfg.encoding!r} has positions for {self.max_len} only"
+            )
+        pos_T = torch.arange(start, start + T, device=idx_BT.device)
+        x_BTC = self.wte(idx_BT)
+        located = None if self.wpe is None else Located(self.wpe, -1, x_BTC, pos_T, cache)
+        if self.wpe is not None:
+            x_BTC = self.wpe.embed(x_BTC, pos_T)
+        for block in self.h:
+            x_BTC = block(x_BTC, pos_T, located, cache)
+        if cache is not None:
+            cache.length += T
+        logits_BTV = functional.linear(self.ln_f(x_BTC), self.wte.weight)
+        if targets_BT is None:
+            return logits_BTV
+        loss = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view(B, T)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx_BT: Tensor,
+        max_new_tokens: int,
+        n_vocab: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield up to `max_new_tokens` next tokens, (B,) int64 each, sampled with a KV cache.
+
+        Only ids below `n_vocab`, the tokenizer's size, are drawn: the padding of the vocabulary never is. Temperature 0
+        takes the likeliest. Ends early where a learned table of positions ends.
+        """
+        cache, new_BT = KVCache(), idx_BT
+        for _ in range(max_new_tokens):
+            if self.max_len is not None and len(cache) + new_BT.size(1) > self.max_len:
+                return
+            logits_BV = self(new_BT, cache=cache)[:, -1, :n_vocab].float()
+            next_B = sample_token(logits_BV, temperature, top_k, top_p, generator)
+            yield next_B
+            new_BT = next_B[:, None]
+
+
+def sample_token(
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """One id per row, (B,): the likeliest at temperature 0, else drawn from the `top_k` likeliest that hold mass `top_p`."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV / temperature
+    if top_k is not None:
+        kth_B1 = logits_BV.topk(min(top_k, logits_BV.size(-1))).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
+    if top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(descending=True)
+        probs_BV = sorted_BV.softmax(-1)
+        beyond_BV = probs_BV.cumsum(-1) - probs_BV >= top_p  # the token that crosses top_p stays in
+        logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -math.inf)
+    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)

@@ -1,0 +1,52 @@
+"""Where a number came from: commit, versions, machine, command."""
+
+import functools
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distributed import Distributed
+
+
+@functools.cache
+def git_version() -> str | None:
+    """Commit of this source tree, with "-dirty" where files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(dist: Distributed, step: int) -> dict[str, Any]:
+    """One start of a run: from which step, when, by which command, commit, versions and hardware."""
+    return {
+        "from_step": step,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "git": git_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "world_size": dist.world_size,
+        "device": device_name(dist.device),
+        "dtype": str(dist.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, e.g. "NVIDIA H100 80GB HBM3" or a processor's model name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,208 @@
+"""Token shards on disk: their format, their manifest, and the checks a reader makes.
+
+A shard is llm.c's: 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then uint16
+tokens. build-nanogpt's `.npy` shards are read too. A folder of shards holds `*val*` and `*train*` files, taken in
+the order of their names, and usually a `manifest.json`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from errors import UserError
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary neighbor of `path`; on success it is fsynced and renamed to `path`, else removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` (a rename, a new file) survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_header(n_tokens: int) -> bytes:
+    """The 1024 bytes before the tokens."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, n_tokens
+    return header.tobytes()
+
+
+class ShardWriter:
+    """Writes a shard of at most `capacity` tokens as they come; `close` makes it appear at `path`, whole.
+
+    Memory is that of one `write`, whatever the shard's size. Raises UserError, naming the file, when the disk is full.
+    """
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        self.path, self.capacity, self.n_tokens = Path(path), capacity, 0
+        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by close() or abort()
+        header = shard_header(capacity)
+        self._digest = hashlib.sha256(header)
+        with self._named_errors():
+            self._file.write(header)
+
+    @property
+    def full(self) -> bool:
+        """Whether `capacity` is reached."""
+        return self.n_tokens == self.capacity
+
+    def write(self, tokens: np.ndarray) -> int:
+        """Append as many of `tokens` (n,) uint16 as there is room for; returns how many."""
+        body = np.ascontiguousarray(tokens[: self.capacity - self.n_tokens], dtype="<u2")
+        with self._named_errors():
+            self._file.write(body.data)
+        self._digest.update(body.data)
+        self.n_tokens += len(body)
+        return len(body)
+
+    def close(self) -> str:
+        """Put the shard in its place, safe from a power cut; returns the file's sha256."""
+        with self._named_errors():
+            if not self.full:
+                self._file.seek(0)
+                self._file.write(shard_header(self.n_tokens))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            digest = self._digest.hexdigest() if self.full else sha256_file(self._temporary)
+            os.replace(self._temporary, self.path)
+            fsync_folder(self.path.parent)
+        return digest
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        with suppress(OSError):  # closing flushes, which a full disk refuses again
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Write uint16 `tokens` (n,) as one shard, whole or not at all; returns the file's sha256."""
+    shard = ShardWriter(path, len(tokens))
+    try:
+        shard.write(tokens)
+        return shard.close()
+    except BaseException:
+        shard.abort()
+        raise
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Map a shard's tokens, (n,) uint16, without reading them.
+
+    Raises UserError, naming the file, for a wrong magic, version, type or size, or no tokens.
+    """
+    path = Path(path)
+    try:
+        return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _open_bin(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise UserError(f"{path}: {size} bytes, shorter than a shard's {HEADER_BYTES}-byte header; prepare the data again")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    magic, version, n_tokens = (int(x) for x in header[:3])
+    if magic != MAGIC:
+        raise UserError(f"{path}: not a token shard (magic {magic}, expected {MAGIC})")
+    if version != VERSION:
+        raise UserError(f"{path}: shard version {version}, this code reads version {VERSION}")
+    if size != HEADER_BYTES + 2 * n_tokens:
+        raise UserError(
+            f"{path}: {size} bytes, but its header promises {n_tokens} tokens = {HEADER_BYTES + 2 * n_tokens} bytes; "
+            "the file is truncated or damaged, prepare the data again"
+        )
+    if n_tokens == 0:
+        raise UserError(f"{path}: holds no tokens")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy shard ({error})") from None
+    if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size == 0:
+        raise UserError(f"{path}: expected a one-dimensional uint16 array, found {tokens.dtype} of shape {tokens.shape}")
+    return tokens
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The shards of `split` ("train" or "val") in `folder`, in the order of their names.
+
+    Raises UserError if the folder or the split is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data folder; `python prepare_fineweb.py --out {folder}` makes it")
+    found = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy") and split in p.name and p.name[0] != ".")
+    if not found:
+        raise UserError(
+            f"{folder}: no *{split}*.bin or *{split}*.npy shard; `python prepare_fineweb.py --out {folder}` makes them"
+        )
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """`manifest.json` of a finished data folder as a dict, or None where there is none."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+            raise ValueError("no list of shards in it")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable manifest ({error}); prepare the data again") from None
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")

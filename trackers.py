@@ -1,0 +1,119 @@
+"""Who watches a run: the terminal, Weights & Biases, TensorBoard. Each takes the records of log.jsonl."""
+
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from config import Config
+from errors import UserError
+
+
+class Tracker(Protocol):
+    """Takes each record as it is logged."""
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_trackers(cfg: Config, folder: Path) -> list[Tracker]:
+    """Those that `cfg` switches on, for the run in `folder`."""
+    trackers: list[Tracker] = []
+    if cfg.wandb != "disabled":
+        trackers.append(WandB(cfg, folder))
+    if cfg.tensorboard:
+        trackers.append(TensorBoard(folder))
+    return trackers
+
+
+class WandB:
+    """Weights & Biases; a continued run goes on under the id kept in the run folder."""
+
+    def __init__(self, cfg: Config, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(f"wandb = {cfg.wandb!r}: `pip install wandb`, or --wandb=disabled") from None
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        try:
+            self._run = wandb.init(
+                project=cfg.wandb_project, name=cfg.name, id=id_file.read_text(), resume="allow", mode=cfg.wandb,
+                dir=str(folder), config=cfg.model_dump(),
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb = {cfg.wandb!r}: {error}; --wandb=offline needs no account") from None
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files in the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("tensorboard = true: `pip install tensorboard`, or --tensorboard=false") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Progress:
+    """A bar with loss, tokens/s, MFU and ETA on a terminal; elsewhere a line every `seconds`."""
+
+    def __init__(self, cfg: Config, start: int, shown: bool, seconds: float = 10.0) -> None:
+        self._bar: Any = None
+        self._shown, self._seconds, self._next_line = shown, seconds, 0.0
+        self._steps, self._last = cfg.steps, {}
+        if shown and sys.stderr.isatty():
+            self._bar = tqdm(total=cfg.steps, initial=start, desc=cfg.name, unit="step", dynamic_ncols=True)
+
+    def update(self) -> None:
+        """One step is done."""
+        if self._bar is not None and self._bar.n < self._steps:
+            self._bar.update()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Bring a record before the user's eyes."""
+        self._last |= record
+        text = describe(self._last)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+        elif self._shown and ("val_loss" in record or time.monotonic() >= self._next_line):
+            print(f"step {record['step']}/{self._steps}: {text}", file=sys.stderr, flush=True)
+            self._next_line = time.monotonic() + self._seconds
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A record in a line: loss 3.1234, val 3.2 (ppl 24.5), 12.3k tok/s, MFU 41 %."""
+    parts = []
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    if "val_loss" in record:
+        parts.append(f"val {record['val_loss']:.4f} (ppl {record['val_perplexity']:.2f})")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second'] / 1000:.1f}k tok/s")
+        parts.append("MFU unknown" if record["mfu"] is None else f"MFU {record['mfu']:.0%}")
+    return ", ".join(parts)
