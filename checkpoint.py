@@ -134,9 +134,8 @@ def load_model(path: str | Path, **changes: Any) -> tuple[GPT, dict[str, Any]]:
     try:
         cfg = Config(**(state["config"] | changes))
     except pydantic.ValidationError as error:
-        raise UserError(
-            f"{folder / STATE}: its configuration is not one of this version ({error.errors()[0]['msg']})"
-        ) from None
+        reason = error.errors()[0]["msg"]
+        raise UserError(f"{folder / STATE}: its configuration is not one of this version ({reason})") from None
     model = GPT(cfg)
     load_weights(folder, model)
     return model.eval(), state | {"path": str(folder)}

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -80,7 +80,8 @@ class Config(BaseModel):
         if self.n_embd % self.n_head:
             works = ", ".join(str(h) for h in _nearest_divisors(self.n_embd, self.n_head))
             raise ValueError(
-                f"n_head = {self.n_head}: n_embd = {self.n_embd} must be a multiple of it; the nearest that work: n_head = {works}"
+                f"n_head = {self.n_head}: n_embd = {self.n_embd} must be a multiple of it; "
+                f"the nearest that work: n_head = {works}"
             )
         ENCODINGS[self.encoding].check(self)
         if self.tokens_per_step % self.block_size:
@@ -96,11 +97,18 @@ class Config(BaseModel):
             raise ValueError(f"min_lr = {self.min_lr}: must not exceed lr = {self.lr}")
         return self
 
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs per token of a forward and backward pass at the training length: 6 (12 L C² + V C) + 12 L C T."""
+        per_token = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
+        return 6 * per_token + 12 * self.n_layer * self.n_embd * self.block_size
+
 
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
-FREE_ON_RESUME = frozenset(
-    ["name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "wandb", "wandb_project", "tensorboard"]
-)
+FREE_ON_RESUME = {
+    "name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens",
+    "log_every", "save_every", "keep_checkpoints", "wandb", "wandb_project", "tensorboard",
+}  # fmt: skip
 
 
 def grad_accum(cfg: Config, world_size: int) -> int:
@@ -118,8 +126,8 @@ def grad_accum(cfg: Config, world_size: int) -> int:
     if not odd:
         works += [f"--micro_batch={b}" for b in _nearest_divisors(rows, cfg.micro_batch)]
     raise UserError(
-        f"tokens_per_step = {cfg.tokens_per_step} is no multiple of micro_batch {cfg.micro_batch} × block_size {cfg.block_size} "
-        f"× {world_size} device(s) = {per_pass}; the nearest that work: {', '.join(works)}"
+        f"tokens_per_step = {cfg.tokens_per_step} is no multiple of micro_batch {cfg.micro_batch} "
+        f"× block_size {cfg.block_size} × {world_size} device(s) = {per_pass}; the nearest that work: {', '.join(works)}"
     )
 
 
@@ -192,11 +200,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="*", metavar="CONFIG.toml", help="e.g. config/small.toml config/carope.toml")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="show the result as TOML and leave")
     for key, field in Config.model_fields.items():
+        text = field.description or ""
         choices = getattr(field.annotation, "__args__", None)
         kind = "|".join(choices) if choices else getattr(field.annotation, "__name__", "value")
-        default = "" if "[default" in field.description else f" [default: {field.default}]"
+        default = "" if "[default" in text else f" [default: {field.default}]"
         names = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])
-        parser.add_argument(*names, default=argparse.SUPPRESS, metavar=kind, help=field.description + default)
+        parser.add_argument(*names, default=argparse.SUPPRESS, metavar=kind, help=text + default)
     return parser
 
 
@@ -209,7 +218,7 @@ def _one_line(error: pydantic.ValidationError, places: dict[str, str]) -> str:
     return f"{key} = {first['input']!r} ({places.get(key, 'default')}): {message[0].lower()}{message[1:]}"
 
 
-def _did_you_mean(word: str, known, prefix: str = "") -> str:
+def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {prefix}{near[0]}? " if near else ""
 

@@ -12,7 +12,8 @@ import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
     first: bool
 
 
-def read_pieces(path: Path) -> Iterator[Piece]:
+def read_pieces(path: Path) -> Generator[Piece, None, None]:
     """The documents of a local file, in order, in pieces. Raises UserError naming the file, and the line in a jsonl."""
     kind = SUFFIX.search(path.name)
     if kind and kind[1] == "txt":
@@ -179,6 +180,9 @@ def _docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(file.read())
     except (OSError, SyntaxError, ValueError):  # the standard library has a few templates that are no Python
         return
-    for node in ast.walk(tree):
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
+        todo.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler))

@@ -30,7 +30,7 @@ class TokenStream:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.manifest = read_manifest(self.folder)
         if self.manifest:
-            self._check_manifest(split)
+            self._check_manifest(split, self.manifest)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -56,18 +56,18 @@ class TokenStream:
             start = (start + len(part)) % len(self)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _check_manifest(self, split: str) -> None:
-        listed = {s["file"]: s["tokens"] for s in self.manifest["shards"] if s["split"] == split}
+    def _check_manifest(self, split: str, manifest: dict[str, Any]) -> None:
+        listed = {s["file"]: s["tokens"] for s in manifest["shards"] if s["split"] == split}
         found = {path.name: len(shard) for path, shard in zip(self.paths, self.shards, strict=True)}
         for name in sorted(listed.keys() | found.keys()):
             if listed.get(name) != found.get(name):
                 raise UserError(
-                    f"{self.folder / name}: {found.get(name, 'no')} tokens, the manifest says {listed.get(name, 'no such shard')}; "
-                    "the folder mixes two preparations, prepare the data again"
+                    f"{self.folder / name}: {found.get(name, 'no')} tokens, the manifest says "
+                    f"{listed.get(name, 'no such shard')}; the folder mixes two preparations, prepare the data again"
                 )
-        if self.manifest["n_vocab"] > self.vocab_size:
+        if manifest["n_vocab"] > self.vocab_size:
             raise UserError(
-                f"{self.folder}: its tokenizer {self.tokenizer!r} has {self.manifest['n_vocab']} ids, "
+                f"{self.folder}: its tokenizer {self.tokenizer!r} has {manifest['n_vocab']} ids, "
                 f"vocab_size = {self.vocab_size} is too small for it"
             )
 

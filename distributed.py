@@ -33,20 +33,19 @@ class Distributed:
         self.is_main = self.rank == 0
 
     @classmethod
-    def start(cls, cfg: Any) -> "Distributed":
-        """Join the process group where there is one; `cfg` has device and dtype.
+    def start(cls, device: str = "auto", dtype: str = "auto") -> "Distributed":
+        """Join the process group, where torchrun started this process.
 
-        Raises UserError for a device that is not there or a type it does not have.
+        Raises UserError for a device that is not there.
         """
-        device = pick_device(cfg.device)
-        self = cls(device, pick_dtype(cfg.dtype, device))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        chosen = pick_device(device)
+        self = cls(chosen, pick_dtype(dtype, chosen))
+        on_gpu = chosen.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(chosen)
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-            )
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
         return self
 
     def close(self) -> None:
@@ -56,7 +55,7 @@ class Distributed:
 
     def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
         """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
-        net = model
+        net: Any = model
         if cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda"):
             net = torch.compile(net, dynamic=False)
         if dist.is_initialized():

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte of logits]")
     add("--data", help="folder of token shards [default: the one the run was trained on]")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="[default: auto, bfloat16 where in hardware]")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained with]")
     add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
     return parser.parse_args()
 
@@ -42,7 +43,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model
 from data import TokenStream, to_batch
-from distributed import Distributed, local_and_eager
+from distributed import Distributed, local_and_eager, pick_dtype
 from errors import UserError, command
 from provenance import git_version
 from shards import write_json
@@ -107,6 +108,7 @@ def _chunks(n_tokens: int, length: int, batch: int) -> Iterable[tuple[int, int, 
 def evaluate_run(path: str, args: argparse.Namespace, dist: Distributed) -> list[dict[str, Any]]:
     """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions."""
     model, state = load_model(path)
+    dist.dtype = pick_dtype(args.dtype or model.cfg.dtype, dist.device)
     model.to(dist.device)
     stream = TokenStream(args.data or model.cfg.data, "val", model.cfg.vocab_size)
     if stream.tokenizer != state["tokenizer"]:
@@ -117,6 +119,7 @@ def evaluate_run(path: str, args: argparse.Namespace, dist: Distributed) -> list
             "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
             "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state["step"],
             "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": state["path"],
+            "max_tokens": args.max_tokens,
         }  # fmt: skip
         if model.max_len is None or length <= model.max_len:
             batch = args.batch or default_batch(length, model.cfg.vocab_size)
@@ -157,14 +160,16 @@ def main() -> None:
     ):
         if min(values) < smallest:
             raise UserError(f"--{flag} = {min(values)}: must be at least {smallest}")
-    dist = Distributed.start(args)
-    results = [result for path in args.runs for result in evaluate_run(path, args, dist)]
+    dist = Distributed.start(args.device, args.dtype or "auto")
+    results: list[dict[str, Any]] = []
+    for path in args.runs:
+        results += evaluate_run(path, args, dist)
+        if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
+            write_json(Path(args.json), results)
     if dist.is_main:
         print(render(results))
         tokens = max((r["tokens"] or 0 for r in results), default=0)
         print(f"perplexity ± standard error over windows, {tokens:,} tokens, {results[0]['dtype']} on {dist.device.type}")
-        if args.json:
-            write_json(args.json, results)
     dist.close()
 
 

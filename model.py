@@ -31,25 +31,21 @@ class KVCache:
     def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Append this layer's new keys and values; returns all of them, (B, H, S, D)."""
         end = self.length + k_BHTD.size(2)
-        kv = self.kv.get(layer)
-        if kv is None or end > kv[0].size(2):  # grow by doubling: amortized, appending costs O(1)
-            kv = tuple(self._grown(old, new, end) for old, new in zip(kv or (None, None), (k_BHTD, v_BHTD), strict=True))
-            self.kv[layer] = kv
-        for buffer, new in zip(kv, (k_BHTD, v_BHTD), strict=True):
-            buffer[:, :, self.length : end] = new
-        return kv[0][:, :, :end], kv[1][:, :, :end]
+        k, v = self.kv.get(layer) or (k_BHTD[:, :, :0], v_BHTD[:, :, :0])
+        if end > k.size(2):  # grow by doubling: amortized, appending costs O(1)
+            k, v = self.kv[layer] = self._grown(k, end), self._grown(v, end)
+        k[:, :, self.length : end] = k_BHTD
+        v[:, :, self.length : end] = v_BHTD
+        return k[:, :, :end], v[:, :, :end]
 
-    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
-        B, H, _, D = new.shape
-        buffer = new.new_empty(B, H, max(64, 1 << (end - 1).bit_length()), D)
-        if old is not None:
-            buffer[:, :, : self.length] = old[:, :, : self.length]
+    def _grown(self, held: Tensor, end: int) -> Tensor:
+        B, H, _, D = held.shape
+        buffer = held.new_empty(B, H, max(64, 1 << (end - 1).bit_length()), D)
+        buffer[:, :, : self.length] = held[:, :, : self.length]
         return buffer
 
-    def locate(
-        self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Coordinates of the new tokens, and of all tokens (of which only the last are kept unless `bias` wants them)."""
+    def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
+        """Coordinates of the new tokens, and of all tokens where `bias` wants them (else only the last one is kept)."""
         held = self.coords.get(layer)
         last = x_BTC.new_zeros((1, 1, 1, 1), dtype=torch.float64) if held is None else held[..., -1:, :]
         new = encoding.coords(x_BTC, pos_T, last)
@@ -140,7 +136,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with a pluggable positional encoding (`wpe`, after GPT-2's name for its own); the head is tied to `wte`.
 
-    `cfg` is a config.Config, or anything with its model fields.
+    `cfg` is a config.Config, or anything with its model fields and `seed`, which alone decides the initial weights.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -152,7 +148,11 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.wpe = None if encoding.per_layer else encoding(cfg)
         self.encodings: list[PositionalEncoding] = [m for m in self.modules() if isinstance(m, PositionalEncoding)]
-        self.init_weights()
+        # Longest input the encoding has positions for; None is unlimited
+        self.max_len = min((e.max_len for e in self.encodings if e.max_len is not None), default=None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -166,17 +166,14 @@ class GPT(nn.Module):
             kind = name.rsplit(".", 1)[-1]
             if kind in std:
                 nn.init.normal_(module.weight, std=std[kind])
-            elif isinstance(module, nn.LayerNorm):
+            elif kind in ("ln_1", "ln_2", "ln_f"):
                 nn.init.ones_(module.weight)
-            if (kind in std and kind != "wte") or isinstance(module, nn.LayerNorm):
+            else:
+                continue
+            if kind != "wte":
                 nn.init.zeros_(module.bias)
         for encoding in self.encodings:
             encoding.init_weights()
-
-    @property
-    def max_len(self) -> int | None:
-        """Longest input the encoding has positions for; None is unlimited."""
-        return min((e.max_len for e in self.encodings if e.max_len is not None), default=None)
 
     def n_params(self) -> dict[str, int]:
         """Parameters: `total`; `embedding` (wte, shared with the head); `encoding` (positions); `body` (the rest)."""
@@ -184,11 +181,6 @@ class GPT(nn.Module):
         encoding = sum(p.numel() for e in self.encodings for p in e.parameters())
         embedding = self.wte.weight.numel()
         return {"total": total, "embedding": embedding, "encoding": encoding, "body": total - embedding - encoding}
-
-    def flops_per_token(self) -> int:
-        """FLOPs of forward and backward per token at length T: 6 (12 L C² + V C) + 12 L C T."""
-        c = self.cfg
-        return 6 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def forward(
         self, idx_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None

@@ -48,7 +48,7 @@ class PositionalEncoding(nn.Module):
         """
         return None
 
-    def frame(self, coords: Tensor | None) -> Any:
+    def frame(self, coords: Any) -> Any:
         """What `rotate` reads, made from `coords` once and used by every layer that shares them."""
         return coords
 
@@ -116,7 +116,7 @@ class RoPE(PositionalEncoding):
         phase_TF = pos_T.double()[:, None] * inverse_frequencies(self.n_pairs, self.theta, pos_T.device)
         return phase_TF[None, None]
 
-    def frame(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+    def frame(self, coords: Any) -> tuple[Tensor, Tensor]:
         return coords.cos().float(), coords.sin().float()
 
     def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:

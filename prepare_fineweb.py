@@ -10,37 +10,37 @@ any point, the same command continues and ends with the same bytes, whatever the
 """
 
 import argparse
-import fcntl
-import json
 import os
 import platform
 import re
 import shutil
 import signal
 import sys
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
-
-from corpus import Piece, read_pieces
 from errors import UserError, command
-from shards import HEADER_BYTES, MANIFEST, ShardWriter, read_manifest, write_json
+from shards import MANIFEST, read_manifest, write_json
 from sources import Source, is_hub, open_source
+from token_stream import (
+    PROGRESS,
+    ShardFolder,
+    encode_in_order,
+    intact,
+    locked,
+    read_batches,
+    read_earlier,
+    refuse_other_work,
+)
 from tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 
 FINEWEB = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
-BATCH_CHARS = 1 << 18  # text encoded at a time by one worker
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # of English, to estimate with
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
-PROGRESS, SCRATCH, LOCK = ".progress.json", ".download", ".lock"
+SCRATCH = ".download"
 
 
 @dataclass(frozen=True)
@@ -62,41 +62,6 @@ class Job:
         return {name: getattr(self, name) for name in names}
 
 
-class Batch(NamedTuple):
-    """Consecutive pieces of source file number `file`; `item` is the first one's number in that file."""
-
-    file: int
-    item: int
-    pieces: list[Piece]
-
-
-class Encoded(NamedTuple):
-    """A batch's tokens (n,) uint16; `ends` (pieces,) is where in them each piece ends."""
-
-    batch: Batch
-    tokens: np.ndarray
-    ends: np.ndarray
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the stream: `offset` tokens into piece number `item` of file number `file`.
-
-    `null` and `empty` count the documents skipped before that piece.
-    """
-
-    file: int = 0
-    item: int = 0
-    offset: int = 0
-    null: int = 0
-    empty: int = 0
-
-    def passed(self, batch: Batch, n_pieces: int, offset: int) -> "Cursor":
-        """The cursor `n_pieces` and `offset` tokens into `batch`, where this one was at the batch's beginning."""
-        texts = [piece.text for piece in batch.pieces[:n_pieces]]
-        return Cursor(batch.file, batch.item + n_pieces, offset, self.null + texts.count(None), self.empty + texts.count(""))
-
-
 def prepare(job: Job) -> None:
     """Write the shards and the manifest of `job`, or what is missing of them. Raises UserError."""
     tokenizer = load_tokenizer(job.tokenizer)
@@ -104,32 +69,31 @@ def prepare(job: Job) -> None:
         with locked(job.out):
             earlier, finished = read_earlier(job.out)
             refuse_other_work(job.out, earlier, job.terms)
-            if finished and is_hub(job.source):  # its revision is pinned, no need to ask the hub
-                return report(job.out, "finished already")
-            source = open_source(job.source, job.out / SCRATCH, earlier.get("revision"))
-            files = [[file.name, file.size] for file in source.files]
-            refuse_other_work(job.out, earlier, {"files": files})
-            if finished:
-                return report(job.out, "finished already")
-            terms = job.terms | {"revision": source.revision, "files": files}
-            write_folder(job, source, tokenizer, terms, intact(job.out, earlier.get("shards", [])))
-            report(job.out, "finished")
+            if not (finished and is_hub(job.source)):  # a finished folder pins the hub's revision, no need to ask
+                source = open_source(job.source, job.out / SCRATCH, earlier.get("revision"))
+                files = [[file.name, file.size] for file in source.files]
+                refuse_other_work(job.out, earlier, {"files": files})
+            if not finished:
+                terms = job.terms | {"revision": source.revision, "files": files}
+                write_folder(job, source, tokenizer, terms, intact(job.out, earlier.get("shards", [])))
+            (job.out / PROGRESS).unlink(missing_ok=True)
+            shutil.rmtree(job.out / SCRATCH, ignore_errors=True)
+            report(job.out, "finished already" if finished else "finished")
     except OSError as error:
         raise UserError(f"{error.filename or job.out}: {error.strerror or error}") from None
 
 
 def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-    """Go on after the finished `shards`, write the rest and the manifest, and clear away what is temporary."""
+    """Go on after the finished `shards`, write the rest, and last the manifest."""
     for leftover in job.out.glob(".*.tmp"):
         leftover.unlink()
     expected = preflight(job, source, sum(shard["tokens"] for shard in shards))
-    with ShardFolder(job, tokenizer.eot, terms, shards) as folder, progress_bar(expected, folder.n_tokens) as bar:
-        start = folder.end
-        with closing(encode_in_order(read_batches(source, start), tokenizer, job.workers)) as stream:
+    with ShardFolder(job.out, terms, tokenizer.eot, shards) as folder, progress_bar(expected, folder.n_tokens) as bar:
+        with closing(encode_in_order(read_batches(source, folder.end), tokenizer, job.workers)) as stream:
             for encoded in stream:
                 folder.append(encoded)
                 bar.update(folder.n_tokens - bar.n)
-                if folder.n_tokens == job.limit_tokens:
+                if folder.at_limit:
                     break
         folder.close()
         bar.total = bar.n
@@ -143,135 +107,172 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("numpy", "pyarrow", "tiktoken")},
     }
     write_json(job.out / MANIFEST, manifest)
-    (job.out / PROGRESS).unlink()
-    shutil.rmtree(job.out / SCRATCH, ignore_errors=True)
 
 
-def read_batches(source: Source, start: Cursor) -> Iterator[Batch]:
-    """The source's pieces from `start` on, in batches of about BATCH_CHARS that do not cross files."""
-    for file in range(start.file, len(source.files)):
-        item = start.item if file == start.file else 0
-        with source.fetch(file) as path, closing(read_pieces(path)) as pieces:
-            batch, chars = Batch(file, item, []), 0
-            for piece in islice(pieces, item, None):
-                batch.pieces.append(piece)
-                chars += 64 + len(piece.text or "")
-                if chars >= BATCH_CHARS:
-                    yield batch
-                    batch, chars = Batch(file, batch.item + len(batch.pieces), []), 0
-            if batch.pieces:
-                yield batch
+def preflight(job: Job, source: Source, done: int) -> int:
+    """The tokens to expect, an estimate. Raises UserError if the disk is too small for what is not `done` of them."""
+    expected = int(sum(file.text_bytes for file in source.files) / BYTES_PER_TOKEN[job.tokenizer])
+    if job.limit_tokens:
+        expected = min(expected, job.limit_tokens)
+    shard_bytes, free = 2 * max(0, expected - done), shutil.disk_usage(job.out).free
+    print(
+        f"{job.out}: about {expected:,} tokens from {len(source.files)} files; needs {gigabytes(shard_bytes)} for shards"
+        + (f" and {gigabytes(source.fetch_bytes)} for a file at a time" if source.fetch_bytes else "")
+        + f", {gigabytes(free)} are free",
+        flush=True,
+    )
+    if shard_bytes + source.fetch_bytes > free:
+        raise UserError(
+            f"{job.out}: too little space, about {gigabytes(shard_bytes + source.fetch_bytes)} are needed and "
+            f"{gigabytes(free)} free; make room, choose another --out or a smaller --limit_tokens"
+        )
+    return expected
 
 
-def encode_in_order(batches: Iterator[Batch], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Encode `batches` in `workers` threads, a bounded number at a time, and yield them in their order.
-
-    Threads are enough: tiktoken lets go of the interpreter's lock while it encodes.
-    """
-    window: deque[Future[Encoded]] = deque()
-    with closing(batches), ThreadPoolExecutor(workers) as pool:  # type: ignore[type-var]
-        try:
-            for batch in batches:
-                window.append(pool.submit(encode_batch, batch, tokenizer))
-                if len(window) > 2 * workers + 2:
-                    yield window.popleft().result()
-            while window:
-                yield window.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def gigabytes(n_bytes: int) -> str:
+    """Bytes for people, in units of 1000."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
 
 
-def encode_batch(batch: Batch, tokenizer: Tokenizer) -> Encoded:
-    """Tokens of a batch: the end-of-text token before each document, nothing for a null or empty one."""
-    eot = np.array([tokenizer.eot], dtype=np.uint16)
-    parts, ends, end = [np.empty(0, dtype=np.uint16)], [], 0
-    for text, first in batch.pieces:
-        if text:
-            parts += [eot, tokenizer.encode(text)] if first else [tokenizer.encode(text)]
-            end += len(parts[-1]) + first
-        ends.append(end)
-    return Encoded(batch, np.concatenate(parts), np.array(ends))
+def progress_bar(expected: int, done: int) -> Any:  # -> tqdm
+    """A bar in tokens on a terminal; a line every ten seconds elsewhere."""
+    from tqdm import tqdm
+
+    class Lines:
+        flush = sys.stderr.flush
+
+        def write(self, text: str) -> None:
+            sys.stderr.write(text.replace("\r", "\n"))
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=expected,
+        initial=done,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=terminal,
+        mininterval=0.1 if terminal else 10,
+        file=sys.stderr if terminal else Lines(),
+    )
 
 
-class ShardFolder:
-    """The shards of a token stream, and beside them the progress file from which a later start continues."""
+def report(out: Path, state: str) -> None:
+    """Say what is in the finished folder. Raises UserError if a shard is missing or has the wrong size."""
+    manifest = read_manifest(out) or {}
+    shards = manifest["shards"]
+    good = intact(out, shards)
+    if len(good) < len(shards):
+        raise UserError(f"{out / shards[len(good)]['file']}: missing or damaged; delete {out} and prepare the data again")
+    print(f"{out}: {state}, {manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {len(shards)} shards")
 
-    def __init__(self, job: Job, eot: int, terms: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-        self.job, self.eot, self.terms, self.shards = job, eot, terms, shards
-        self.n_tokens = sum(shard["tokens"] for shard in shards)
-        self.end = Cursor(**shards[-1]["end"]) if shards else Cursor()
-        self._n_opened = len(shards)
-        self._shard: ShardWriter | None = None
-        self._documents = 0  # begun in the open shard
-        self._closing: Future[None] | None = None
-        self._closer = ThreadPoolExecutor(1)  # waits for the disk while the next shard is being filled
-        write_json(job.out / PROGRESS, terms | {"shards": shards})
 
-    def append(self, encoded: Encoded) -> None:
-        """Write a batch's tokens from the cursor on, up to the limit."""
-        batch, tokens, ends = encoded
-        begin, at = self.end, self.end.offset
-        while at < len(tokens) and self.n_tokens != self.job.limit_tokens:
-            shard = self._shard = self._shard or self._open()
-            n = shard.write(tokens[at:])
-            self._documents += int(np.count_nonzero(tokens[at : at + n] == self.eot))
-            self.n_tokens, at = self.n_tokens + n, at + n
-            # the piece that holds the last token written: the same one wherever the batches began
-            piece = int(np.searchsorted(ends, at))
-            self.end = begin.passed(batch, piece, at - int(ends[piece - 1] if piece else 0))
-            if shard.full:
-                self._finish_shard()
-        if self.n_tokens != self.job.limit_tokens:
-            self.end = begin.passed(batch, len(batch.pieces), 0)
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line."""
 
-    def close(self) -> None:
-        """Finish the last shard. Raises UserError if there is nothing to train on."""
-        if self._n_opened < 2:
-            skipped = f"{self.end.null} null and {self.end.empty} empty documents"
-            raise UserError(
-                f"the whole source is {self.n_tokens:,} tokens (and {skipped}), all of which --val_tokens "
-                f"{self.job.val_tokens:,} takes for validation, so nothing is left to train on; give a smaller --val_tokens"
-                if self.n_tokens
-                else f"--source {' '.join(self.job.source)}: holds no text ({skipped})"
-            )
-        if self._shard:
-            self._finish_shard()
-        if self._closing:
-            self._closing.result()
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
+        raise UserError(f"{message}; see --help")
 
-    def __enter__(self) -> "ShardFolder":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._closer.shutdown(wait=True)
-        if self._shard:
-            self._shard.abort()
-        if error[0] and len(self.shards) < 2 and self._n_opened < 2 or not self.shards:
-            (self.job.out / PROGRESS).unlink(missing_ok=True)
+def positive(text: str) -> int:
+    """A whole number above 0, as 100000000 or 100_000_000."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value
 
-    def _open(self) -> ShardWriter:
-        index, job = self._n_opened, self.job
-        self._n_opened += 1
-        capacity = job.shard_tokens if index else job.val_tokens
-        if job.limit_tokens:
-            capacity = min(capacity, job.limit_tokens - self.n_tokens)
-        return ShardWriter(job.out / f"{'train' if index else 'val'}_{index:06d}.bin", capacity)
 
-    def _finish_shard(self) -> None:
-        shard, documents, end = self._shard, self._documents, self.end
-        assert shard
-        if self._closing:
-            self._closing.result()
-        self._closing = self._closer.submit(self._close, shard, documents, end)
-        self._shard, self._documents = None, 0
+def shard_size(text: str) -> int:
+    """A number of tokens that a shard's header can hold."""
+    if positive(text) > MAX_SHARD_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text} is above {MAX_SHARD_TOKENS:,}, the most a shard's header can say")
+    return positive(text)
 
-    def _close(self, shard: ShardWriter, documents: int, end: Cursor) -> None:
-        try:
-            sha256 = shard.close()
-        except BaseException:
-            shard.abort()
-            raise
-        name = shard.path.name
-        entry = {"file": name, "split": name.split("_")[0], "tokens": shard.n_tokens, "documents": documents, "sha256": sha256}
-        self.shards.append(entry | {"end": asdict(end)})
-        write_json(self.job.out / PROGRESS, self.terms | {"shards": self.shards})
+
+def n_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_args(argv: list[str]) -> Job:
+    """The command line as a Job; flags may have underscores or hyphens. Raises UserError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "--source", nargs="+", action="extend", metavar="WHERE",
+        help="a folder on the hub as hf://datasets/OWNER/NAME[@REVISION]/FOLDER (HF_TOKEN, HF_HOME, HF_ENDPOINT and "
+        "HF_HUB_OFFLINE are honored); or local .parquet, .jsonl[.gz|.zst] and .txt[.gz|.zst] files, folders and quoted "
+        f"patterns (column or key `text`; a txt file is one document); or demo (default: {FINEWEB})",
+    )  # fmt: skip
+    add("--out", type=Path, help="folder for the shards (default: data/fineweb-edu-10B, for the demo data/demo)")
+    add("--tokenizer", help=f"{' or '.join(TOKENIZERS)} (default: gpt2, for the demo bytes)")
+    add(
+        "--shard_tokens",
+        type=shard_size,
+        metavar="N",
+        help="tokens per shard (default: 100_000_000, demo 1_000_000)",
+    )
+    add(
+        "--val_tokens",
+        type=shard_size,
+        metavar="N",
+        help="tokens of validation (default: shard_tokens, demo 200_000)",
+    )
+    add("--limit_tokens", type=positive, metavar="N", help="stop after this many tokens in all (default: the whole source)")
+    add(
+        "--workers",
+        type=positive,
+        metavar="N",
+        default=n_cores(),
+        help="encoding threads (default: all cores, %(default)s here)",
+    )
+    args = parser.parse_args([re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv])
+
+    source, demo = args.source or [FINEWEB], args.source == ["demo"]
+    out = args.out or {FINEWEB: Path("data/fineweb-edu-10B"), "demo": Path("data/demo")}.get(" ".join(source))
+    if out is None:
+        raise UserError(f"--source {' '.join(source)}: say with --out which folder its shards go to, e.g. --out data/mine")
+    shard_tokens = args.shard_tokens or (1_000_000 if demo else 100_000_000)
+    val_tokens = args.val_tokens or (200_000 if demo else shard_tokens)
+    if args.limit_tokens and args.limit_tokens <= val_tokens:
+        raise UserError(
+            f"--limit_tokens {args.limit_tokens:,} is all taken by the {val_tokens:,} tokens of validation, nothing is left to "
+            "train on; raise it or give a smaller --val_tokens"
+        )
+    tokenizer = args.tokenizer or ("bytes" if demo else "gpt2")
+    return Job(source, out, tokenizer, shard_tokens, val_tokens, args.limit_tokens, args.workers)
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM, whose number it holds."""
+
+
+def interrupt(number: int, _frame: object) -> NoReturn:
+    """The handler of both signals."""
+    raise Interrupted(number)
+
+
+@command
+def main() -> int:
+    """Prepare what the command line asks for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup and the like
+            signal.signal(number, interrupt)
+    job = parse_args(sys.argv[1:])
+    try:
+        prepare(job)
+    except Interrupted as stop:
+        earlier, _ = read_earlier(job.out) if job.out.exists() else ({}, False)
+        n_shards = len(earlier.get("shards", []))
+        print(
+            f"interrupted: {n_shards} shards are finished in {job.out}; the same command continues after them", file=sys.stderr
+        )
+        return 128 + stop.args[0]
+    return 0
+
+
+if __name__ == "__main__":
+    main()

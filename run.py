@@ -48,13 +48,12 @@ class Run:
 
         Raises UserError where the run in this folder was started with another configuration or other data.
         """
-        self._model = model
         self._identity = {"tokenizer": data.tokenizer, "train_tokens": len(data)}
         found = self.dist.from_main(newest_checkpoint(self.folder) if self.dist.is_main else None)
         state: dict[str, Any] = {"step": 0, "log_bytes": 0}
         if found:
             path, state = found
-            self._check_same(state)
+            check_same(state, self.cfg, self._identity)
             load_weights(path, model)
             load_optimizer(path, optimizer)
             self._val_loss = state["val_loss"]
@@ -130,7 +129,7 @@ class Run:
             if step % self.cfg.log_every:
                 return
         if self.dist.is_main:
-            record = {"step": step, "tokens": step * self.cfg.tokens_per_step, **values}
+            record: dict[str, Any] = {"step": step, "tokens": step * self.cfg.tokens_per_step, **values}
             if not validation:
                 record |= self._cost()
             self._log_file.write(json.dumps(record).encode() + b"\n")
@@ -162,7 +161,7 @@ class Run:
         """tokens/s over all devices, model FLOPs utilization (None where the peak is unknown), peak bytes of rank 0."""
         rate = self._steps_timed * self.cfg.tokens_per_step / (time.perf_counter() - self._clock)
         peak = self.dist.peak_flops()
-        mfu = rate * self._model.flops_per_token() / (peak * self.dist.world_size) if peak else None
+        mfu = rate * self.cfg.flops_per_token / (peak * self.dist.world_size) if peak else None
         return {"tokens_per_second": round(rate, 1), "mfu": mfu, "peak_memory_bytes": self.dist.peak_memory()}
 
     def _open(self, log_bytes: int) -> None:
@@ -181,10 +180,12 @@ class Run:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); --out_dir says where runs go") from None
         self._trackers = make_trackers(self.cfg, self.folder)
 
-    def _check_same(self, state: dict[str, Any]) -> None:
-        before = state["config"] | {key: state[key] for key in self._identity}
-        now = self.cfg.model_dump() | self._identity
-        differing = [key for key in now if key not in FREE_ON_RESUME and before.get(key, now[key]) != now[key]]
-        if differing:
-            what = ", ".join(f"{key} = {before[key]!r} (now {now[key]!r})" for key in differing)
-            raise UserError(f"{self.folder}: holds a run with {what}; give this one another --name, or the same values")
+
+def check_same(state: dict[str, Any], cfg: Config, data: dict[str, Any]) -> None:
+    """Raise UserError where the run of a checkpoint's `state` computes something else than `cfg` on `data` would."""
+    before, now = state["config"] | {key: state[key] for key in data}, cfg.model_dump() | data
+    differing = [key for key in now if key not in FREE_ON_RESUME and before.get(key, now[key]) != now[key]]
+    if differing:
+        what = ", ".join(f"{key} = {before[key]!r} (now {now[key]!r})" for key in differing)
+        folder = Path(cfg.out_dir) / cfg.name
+        raise UserError(f"{folder}: holds a run with {what}; give this one another --name or --out_dir, or the same values")

@@ -81,7 +81,8 @@ class Progress:
     def __init__(self, cfg: Config, start: int, shown: bool, seconds: float = 10.0) -> None:
         self._bar: Any = None
         self._shown, self._seconds, self._next_line = shown, seconds, 0.0
-        self._steps, self._last = cfg.steps, {}
+        self._steps = cfg.steps
+        self._last: dict[str, Any] = {}
         if shown and sys.stderr.isatty():
             self._bar = tqdm(total=cfg.steps, initial=start, desc=cfg.name, unit="step", dynamic_ncols=True)
 

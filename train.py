@@ -28,11 +28,10 @@ from run import Run
 
 def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
-    dist = Distributed.start(cfg)
+    dist = Distributed.start(cfg.device, cfg.dtype)
     run = Run(cfg, dist)
     batches = Batches(cfg, "train", dist)
     val = TokenStream(cfg.data, "val", cfg.vocab_size)
-    torch.manual_seed(cfg.seed)
     model = GPT(cfg).to(dist.device)
     optimizer = make_optimizer(model, cfg)
     start = run.resume(model, optimizer, batches.stream)

@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh machine with python3 (3.11 or later), pip, make and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help demo test test-all lint clean-demo
+
+help: ## these lines
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
+
+demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, five encodings, figure, samples
+	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo
+	$(PY) table1.py --sizes demo --encodings rope carope carope_hidden learned sinusoidal --lengths 64 128 256 512
+	$(PY) sample.py runs/demo-carope_hidden --prompt "Return the " --prompt "The class " --max_new_tokens 160
+	@echo
+	@echo "Runs with their logs and checkpoints: runs/demo-*; the table and its figure: runs/table1.md, runs/table1.png"
+	@echo "Next: $(PY) sample.py runs/demo-carope --prompt \"A module is\"      more text, other prompts"
+	@echo "      $(PY) train.py config/demo.toml config/nope.toml --steps=500  another encoding, other options (--help)"
+	@echo "      $(PY) table1.py --dry_run                                     what the paper's own table takes"
+
+test: $(VENV)/.installed-dev ## the tests, without the slow ones
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy .
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev ## all tests
+	$(PY) -m pytest
+
+clean-demo: ## forget the demo's data and runs
+	rm -rf data/demo runs/demo-* runs/table1.*
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; make PYTHON=python3.11 (or later) uses another one" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,114 @@
+"""Text from a checkpoint, printed as it is generated.
+
+    python sample.py runs/small-carope --prompt "The mitochondria" --num_samples 3 --top_k 50
+    echo "Once upon a time" | python sample.py runs/small-carope --file -
+
+Every document of the training stream begins with the end-of-text token, so every prompt is given one. A sample ends
+there too, or after --max_new_tokens; it goes on past the training length unless the encoding has no positions there.
+"""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; abbreviations are not taken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+    add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
+    add("--file", metavar="FILE", help="one prompt from a text file; - is standard input")
+    add("--num_samples", "--num-samples", type=int, default=1, help="samples for each prompt [default: 1]")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=200, help="tokens of a sample [default: 200]")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token [default: 0.8]")
+    add("--top_k", "--top-k", type=int, help="draw from the k likeliest tokens only [default: all]")
+    add("--top_p", "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass only [default: 1]")
+    add("--seed", type=int, default=1, help="sample i of a prompt depends on seed + i alone [default: 1]")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="float32", help="[default: float32]")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
+    parse_args()
+
+import torch
+
+from checkpoint import load_model
+from distributed import Distributed
+from errors import UserError, command
+from model import GPT
+from tokenizer import Tokenizer, load_tokenizer
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts in the order --prompt, --file; the empty one where there is none."""
+    prompts = list(args.prompt or [])
+    if args.file:
+        try:
+            prompts.append(sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{args.file}: cannot be read as UTF-8 text ({error})") from None
+    return prompts or [""]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for a value outside its range."""
+    for name, low, high in (
+        ("num_samples", 1, None), ("max_new_tokens", 1, None), ("temperature", 0, None), ("top_k", 1, None),
+        ("top_p", 1e-9, 1), ("seed", 0, None),
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            limit = f"at least {low}" if high is None else f"above 0 and at most {high}"
+            raise UserError(f"--{name} = {value}: must be {limit}")
+
+
+def stream_sample(
+    model: GPT, tokenizer: Tokenizer, ids: list[int], args: argparse.Namespace, seed: int, dist: Distributed
+) -> None:
+    """Print one continuation of the prompt's `ids`, a token at a time; says so where the positions end early."""
+    generator = torch.Generator(dist.device).manual_seed(seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+    idx_BT = torch.tensor([[tokenizer.eot, *ids]], device=dist.device)
+    new_ids = []
+    for next_B in model.generate(
+        idx_BT, args.max_new_tokens, tokenizer.n_vocab, args.temperature, args.top_k, args.top_p, generator
+    ):
+        new_ids.append(int(next_B))
+        if new_ids[-1] == tokenizer.eot:
+            break
+        print(decoder.decode(tokenizer.decode_bytes(new_ids[-1:])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    if len(new_ids) < args.max_new_tokens and new_ids[-1] != tokenizer.eot:
+        limit = f"encoding {model.cfg.encoding!r} has positions for {model.max_len} tokens only"
+        print(f"[{limit}: stopped after {len(new_ids)} new ones]", file=sys.stderr)
+
+
+@command
+def main() -> None:
+    args = parse_args()
+    check(args)
+    prompts = read_prompts(args)
+    dist = Distributed.start(args.device, args.dtype)
+    model, state = load_model(args.run)
+    model.to(dist.device)
+    tokenizer = load_tokenizer(state["tokenizer"])
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt).tolist()
+        if model.max_len is not None and len(ids) >= model.max_len:
+            raise UserError(
+                f"prompt of {len(ids)} tokens: encoding {model.cfg.encoding!r} has positions for {model.max_len} only"
+            )
+        for i in range(args.num_samples):
+            print(f"--- {state['path']}, seed {args.seed + i}\n{prompt}", end="", flush=True)
+            with dist.autocast():
+                stream_sample(model, tokenizer, ids, args, args.seed + i, dist)
+
+
+if __name__ == "__main__":
+    main()

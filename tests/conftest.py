@@ -1,0 +1,45 @@
+"""Shared pieces: a small tokenized corpus, a small configuration, and commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Two threads of two processes on two cores must not spin while they wait for each other
+os.environ.update(GOMP_SPINCOUNT="0", OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="2", WANDB_SILENT="true")
+
+
+def run_command(*args: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository with this Python; stdout and stderr are captured."""
+    env = os.environ | kwargs.pop("env", {})
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
+
+
+def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository on `n` gloo ranks."""
+    env = {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, env=env, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A data folder prepared from real English by the real command: bytes, 20k validation and about 130k training tokens."""
+    out = tmp_path_factory.mktemp("data") / "corpus"
+    sizes = ["--val_tokens", 20_000, "--shard_tokens", 50_000, "--limit_tokens", 150_000]
+    done = run_command("prepare_fineweb.py", "--source", "demo", "--tokenizer", "bytes", "--out", out, *sizes)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def small(corpus: Path, tmp_path: Path) -> list[str]:
+    """Command-line words of a run that takes a second."""
+    return [
+        f"--data={corpus}", f"--out_dir={tmp_path}", "--device=cpu", "--dtype=float32", "--n_layer=2", "--n_head=2",
+        "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=4", "--tokens_per_step=512", "--steps=8", "--warmup_steps=2",
+        "--lr=1e-2", "--min_lr=1e-3", "--eval_every=4", "--eval_tokens=4000", "--final_eval_tokens=8000", "--save_every=4",
+    ]  # fmt: skip

@@ -1,0 +1,126 @@
+"""Layering, help, and every refusal of the configuration."""
+
+import pytest
+from conftest import ROOT, run_command
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import Config, grad_accum, load_config, to_toml
+from errors import UserError
+from positional import ENCODINGS
+
+
+def test_files_are_layered_and_the_command_line_goes_on_top(tmp_path):
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    first.write_text('n_layer = 3\nlr = 1e-3\nencoding = "rope"\n')
+    second.write_text('encoding = "carope"\nseed = 5\n')
+    cfg = load_config([str(first), "--warmup-steps=7", str(second), "--seed", "6", "--tensorboard=true"])
+    assert (cfg.n_layer, cfg.lr, cfg.encoding, cfg.seed, cfg.warmup_steps, cfg.tensorboard) == (3, 1e-3, "carope", 6, 7, True)
+    assert cfg.name == "first-second"
+    assert load_config(["--name=other", str(first)]).name == "other"
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "demo"])
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_every_encoding_has_a_config_that_goes_with_every_size(size, encoding):
+    cfg = load_config([str(ROOT / f"config/{size}.toml"), str(ROOT / f"config/{encoding}.toml")])
+    assert (cfg.name, cfg.encoding) == (f"{size}-{encoding}", encoding)
+
+
+def test_the_papers_experiment():
+    for size, shape in (("tiny", (6, 8, 512, 64)), ("small", (12, 12, 768, 32))):
+        cfg = load_config([str(ROOT / f"config/{size}.toml")])
+        assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.micro_batch) == shape
+        assert (cfg.vocab_size, cfg.block_size, cfg.tokens_per_step) == (50304, 512, 524_288)
+        assert (cfg.steps, cfg.warmup_steps, cfg.lr, cfg.min_lr) == (19_000, 750, 6e-4, 6e-5)
+        assert (cfg.beta1, cfg.beta2, cfg.weight_decay, cfg.grad_clip, cfg.eval_every) == (0.9, 0.95, 0.1, 1.0, 250)
+        assert grad_accum(cfg, 2) == 524_288 // (cfg.micro_batch * 512 * 2)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "name": st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1),
+            "lr": st.floats(1e-4, 10),
+            "seed": st.integers(0, 2**40),
+            "tensorboard": st.booleans(),
+        },
+    )
+)
+def test_a_resolved_config_reads_back_as_it_was(values):
+    import tomllib
+
+    cfg = Config(**values)
+    assert Config(**tomllib.loads(to_toml(cfg))) == cfg
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--stepz=3"], ["--stepz", "did you mean --steps"]),
+        (["--step", "3"], ["--step", "did you mean --steps"]),
+        (["--steps=many"], ["steps = 'many'", "command line", "integer"]),
+        (["--steps=0"], ["steps = '0'", "greater than 0"]),
+        (["--lr=-1"], ["lr = '-1'", "greater than 0"]),
+        (["--device=tpu"], ["device = 'tpu'", "'auto', 'cuda' or 'cpu'"]),
+        (["--encoding=rop"], ["'rop'", "did you mean rope", "carope_hidden"]),
+        (["--n_head=10"], ["n_head = 10", "n_embd = 768", "8, 12"]),
+        (["--n_embd=36", "--n_head=4"], ["36 / 4 = 9", "even"]),
+        (["--tokens_per_step=1000"], ["1000", "block_size = 512", "512 or 1024"]),
+        (["--micro_batch=48"], ["524288", "48", "--micro_batch=32", "--micro_batch=64", "--tokens_per_step=516096"]),
+        (["--vocab_size=70000"], ["70000", "65536"]),
+        (["--warmup_steps=20", "--steps=10"], ["warmup_steps = 20", "steps = 10"]),
+        (["--min_lr=1"], ["min_lr = 1.0", "0.0006"]),
+        (["--name=a/b"], ["'a/b'", "out_dir"]),
+        (["nowhere.toml"], ["nowhere.toml", "No such file"]),
+        (["config/smal.toml"], ["config/smal.toml", "did you mean config/small.toml"]),
+    ],
+)
+def test_refusals(words, parts):
+    with pytest.raises(UserError) as error:
+        load_config(words)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_wrong_key_or_value_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    for text, parts in (
+        ("n_layers = 3", ["'n_layers'", "did you mean n_layer?"]),
+        ("n_layer = 'x'", ["n_layer = 'x'"]),
+        ("=", []),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError) as error:
+            load_config([str(file)])
+        assert all(part in str(error.value) for part in [str(file), *parts])
+
+
+def test_every_rank_counts_in_the_micro_batch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"3 device\(s\)"):
+        load_config([])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    done = run_command("train.py", "config/small.toml", "--n_head=10")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: n_head = 10") and done.stderr.count("\n") == 1
+
+
+def test_help_explains_every_field_without_waiting_for_torch():
+    done = run_command("-X", "importtime", "train.py", "--help")
+    assert done.returncode == 0
+    assert all(f"--{name}" in done.stdout for name in Config.model_fields)
+    assert all(field.description for field in Config.model_fields.values())
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "pydantic" in imported and "torch" not in imported
+
+
+def test_print_config_shows_what_would_run():
+    import tomllib
+
+    done = run_command("train.py", "config/tiny.toml", "config/carope.toml", "--seed=9", "--print_config")
+    assert Config(**tomllib.loads(done.stdout)) == load_config(["config/tiny.toml", "config/carope.toml", "--seed=9"])

@@ -1,0 +1,143 @@
+"""Perplexity: every token once, the same tokens at every length, whatever the batch size and the ranks."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_command, torchrun
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import load_model
+from config import load_config
+from data import TokenStream
+from distributed import Distributed
+from eval_ppl import Evaluation, evaluate
+from train import train
+
+CPU = Distributed(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """Folder of two short runs, `carope` and `learned`, trained at length 32."""
+    out = tmp_path_factory.mktemp("runs")
+    for encoding in ("carope", "learned"):
+        words = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=8"]
+        words += ["--tokens_per_step=512", "--steps=30", "--warmup_steps=2", "--lr=1e-2", "--final_eval_tokens=500"]
+        train(
+            load_config(
+                [
+                    f"--data={corpus}",
+                    f"--out_dir={out}",
+                    f"--encoding={encoding}",
+                    f"--name={encoding}",
+                    "--dtype=float32",
+                    *words,
+                ]
+            )
+        )
+    return out
+
+
+def by_hand(model, tokens: np.ndarray, length: int) -> tuple[list[float], list[list[float]]]:
+    """Each target's negative log-likelihood, one window after the other, and the same by window."""
+    windows = []
+    for first in range(0, len(tokens) - 1, length):
+        piece = torch.from_numpy(tokens[first : first + length + 1].astype(np.int64))
+        with torch.no_grad():
+            logp = model(piece[None, :-1])[0].double().log_softmax(-1)
+        windows.append((-logp.gather(1, piece[1:, None])[:, 0]).tolist())
+    return [nll for window in windows for nll in window], windows
+
+
+@pytest.mark.parametrize("length", [1, 20, 32, 100])
+def test_evaluation_equals_the_definition(runs, corpus, length):
+    model, _ = load_model(runs / "carope")
+    stream = TokenStream(corpus, "val", 320)
+    found = evaluate(model, stream, length, 7, CPU, max_tokens=750)
+    nll, windows = by_hand(model, stream.read(0, 751), length)
+    assert found.tokens == len(nll) == 750
+    assert found.nll == pytest.approx(np.mean(nll), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(nll)), rel=1e-6)
+    sums, sizes = np.array([sum(w) for w in windows]), np.array([len(w) for w in windows])
+    residual = sums - found.nll * sizes
+    expected = math.sqrt(len(windows) / (len(windows) - 1) * (residual**2).sum()) / 750
+    assert found.nll_stderr == pytest.approx(expected, rel=1e-5)
+    assert found.stderr == pytest.approx(found.perplexity * expected, rel=1e-5)
+
+
+class Recorder(torch.nn.Module):
+    """Stands in for a model: its losses are the targets, so that sums tell which were asked for."""
+
+    def forward(self, x_BT, y_BT, reduction):
+        assert reduction == "none" and torch.equal(x_BT[:, 1:], y_BT[:, :-1])
+        return y_BT.double()
+
+
+@given(length=st.integers(1, 70), batch=st.integers(1, 9), max_tokens=st.integers(2, 20_000), world_size=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_every_target_is_predicted_exactly_once(corpus, length, batch, max_tokens, world_size):
+    stream = TokenStream(corpus, "val", 320)
+    total = 0.0
+    for rank in range(world_size):
+        dist = Distributed(torch.device("cpu"), torch.float32)
+        dist.rank, dist.world_size = rank, world_size
+        found = evaluate(Recorder(), stream, length, batch, dist, max_tokens)
+        total += found.nll * found.tokens
+    n = min(max_tokens, len(stream) - 1)
+    assert found.tokens == n
+    assert total == pytest.approx(float(stream.read(1, n).astype(np.int64).sum()))
+
+
+def test_result_does_not_depend_on_batch_size_or_ranks(runs, tmp_path):
+    words = ["eval_ppl.py", runs / "carope", "--lengths", 32, 64, "--max_tokens", 5000, "--device", "cpu", "--json"]
+    commands = [
+        run_command(*words, tmp_path / "a.json", "--batch", 3),
+        run_command(*words, tmp_path / "b.json", "--batch", 64),
+        torchrun(2, *words, tmp_path / "c.json", "--batch", 5),
+    ]
+    assert [c.returncode for c in commands] == [0, 0, 0], commands[-1].stderr
+    a, b, c = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "abc")
+    for x, y, z in zip(a, b, c, strict=True):
+        assert x == pytest.approx(y, rel=1e-5) == pytest.approx(z, rel=1e-5)
+
+
+def test_the_table_and_its_json(runs, tmp_path):
+    file = tmp_path / "out.json"
+    done = run_command(
+        "eval_ppl.py", runs / "learned", runs / "carope", "--lengths", 16, 32, 64, "--max_tokens", 3000, "--json", file
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())
+    assert [(r["run"], r["length"]) for r in results] == [(e, n) for e in ("learned", "carope") for n in (16, 32, 64)]
+    keys = {"run", "encoding", "n_params", "length", "tokens", "nll", "perplexity", "stderr", "step", "dtype", "git"}
+    assert all(keys <= set(r) for r in results)
+    beyond = results[2]
+    assert beyond["perplexity"] is beyond["nll"] is beyond["stderr"] is None
+    whole = [r for r in results if r is not beyond]
+    assert {r["tokens"] for r in whole} == {3000} and {r["step"] for r in whole} == {30}
+    assert all(r["perplexity"] == pytest.approx(math.exp(r["nll"])) for r in whole)
+    learned, carope = done.stdout.splitlines()[1:3]
+    assert learned.split()[:3] == ["learned", "learned", "30"] and learned.split()[-1] == "–"
+    assert f"{results[3]['perplexity']:.2f} ± {results[3]['stderr']:.2f}" in carope
+
+
+def test_the_standard_error_of_one_window_is_unknown():
+    assert math.isnan(Evaluation(1.0, math.nan, 5).stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere: no such run or checkpoint"),
+        (["{corpus}"], "no valid checkpoint in it"),
+        (["{run}", "--lengths", "0"], "--lengths = 0: must be at least 1"),
+        (["{run}", "--data", "nowhere"], "nowhere: no such data folder"),
+    ],
+)
+def test_refusals(runs, corpus, words, message):
+    done = run_command("eval_ppl.py", *(word.format(run=runs / "carope", corpus=corpus) for word in words))
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

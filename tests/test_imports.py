@@ -1,0 +1,50 @@
+"""Imports go one way: base modules → model → eval_ppl → {train, sample} → table1; positional.py stands alone."""
+
+import ast
+
+from conftest import ROOT
+
+MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+LAYERS = [
+    {"errors", "positional", "shards"},
+    {"config", "tokenizer", "corpus", "sources", "token_stream"},
+    {"data", "distributed", "prepare_fineweb"},
+    {"model", "provenance", "trackers"},
+    {"checkpoint"},
+    {"run", "eval_ppl"},
+    {"train", "sample"},
+    {"table1"},
+]
+RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
+
+
+def imports(module: str, top_only: bool = False) -> set[str]:
+    tree = ast.parse(MODULES[module].read_text())
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_imports_go_one_way():
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    assert set(level) == set(MODULES)
+    for module in MODULES:
+        for other in imports(module) & set(MODULES):
+            assert level[other] < level[module], f"{module} imports {other}"
+
+
+def test_positional_imports_torch_and_nothing_of_ours():
+    assert imports("positional") == {"math", "typing", "torch"}
+
+
+def test_nobody_imports_train():
+    assert not [module for module in MODULES if "train" in imports(module)]
+
+
+def test_heavy_packages_are_imported_only_where_they_are_used():
+    import sys
+
+    for module in MODULES:
+        foreign = imports(module, top_only=True) - set(MODULES) - set(sys.stdlib_module_names)
+        assert foreign <= RUNS_WITH, f"{module} imports {foreign - RUNS_WITH} at its top"

@@ -1,0 +1,139 @@
+"""The model against Hugging Face's, its sizes, its loss and its sampling."""
+
+import math
+
+import pytest
+import torch
+
+from config import load_config
+from model import GPT, sample_token
+from positional import ENCODINGS
+
+SIZES = ["--n_layer=3", "--n_head=4", "--n_embd=64", "--vocab_size=151", "--block_size=64"]
+
+
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """Random weights everywhere, biases and layer norms too."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def tokens(n: int, batch: int = 3, vocab: int = 151) -> torch.Tensor:
+    return torch.randint(0, vocab, (batch, n), generator=torch.Generator().manual_seed(4))
+
+
+def test_learned_equals_hugging_face_gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=151, n_positions=64, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    theirs = shaken(transformers.GPT2LMHeadModel(config))
+    ours = GPT(load_config([*SIZES, "--encoding=learned"])).eval()
+    weights = {k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k.startswith("transformer.")}
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face's Conv1D keeps them transposed
+    ours.load_state_dict({name: p.T if name.endswith(linear) else p for name, p in weights.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens(64)), theirs(tokens(64)).logits, atol=1e-4, rtol=0)
+
+
+def test_rope_equals_hugging_face_gpt_neox():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPTNeoXConfig(
+        vocab_size=151, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256,
+        hidden_act="gelu_new", rotary_pct=1.0, max_position_embeddings=64, layer_norm_eps=1e-5, use_parallel_residual=False,
+        attention_dropout=0.0, hidden_dropout=0.0, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    )  # fmt: skip
+    theirs = shaken(transformers.GPTNeoXForCausalLM(config))
+    ours = GPT(load_config([*SIZES, "--encoding=rope"])).eval()
+    names = {
+        "gpt_neox.embed_in": "wte", "gpt_neox.final_layer_norm": "ln_f", "gpt_neox.layers": "h", "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2", "attention.query_key_value": "attn.c_attn", "attention.dense": "attn.c_proj",
+        "mlp.dense_h_to_4h": "mlp.c_fc", "mlp.dense_4h_to_h": "mlp.c_proj",
+    }  # fmt: skip
+    weights = {}
+    for name, p in theirs.state_dict().items():
+        if "rotary" in name or "embed_out" in name or "lm_head" in name:
+            continue
+        if "query_key_value" in name:  # theirs interleaves q, k, v by head
+            p = p.view(4, 3, 16, *p.shape[1:]).transpose(0, 1).reshape(p.shape)
+        for their_name, our_name in names.items():
+            name = name.replace(their_name, our_name)
+        weights[name] = p
+    ours.load_state_dict(weights)
+    head = theirs.get_output_embeddings().weight
+    assert torch.equal(head, theirs.gpt_neox.embed_in.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens(64)), theirs(tokens(64)).logits, atol=1e-4, rtol=0)
+
+
+W = {"tiny": 512 * 8 + 8, "small": 768 * 12 + 12}  # CARoPE's W and its bias
+LEARNED = {"tiny": 512 * 512, "small": 512 * 768}
+
+
+@pytest.mark.parametrize(("size", "total", "embedding"), [("tiny", 44_670_976, 25_755_648), ("small", 123_689_472, 38_633_472)])
+def test_parameter_counts(size, total, embedding):
+    for encoding, extra in (("rope", 0), ("sinusoidal", 0), ("carope", W[size]), ("learned", LEARNED[size])):
+        with torch.device("meta"):
+            cfg = load_config([f"config/{size}.toml", f"config/{encoding}.toml"])
+            counts = GPT(cfg).n_params()
+        assert counts == {"total": total + extra, "embedding": embedding, "encoding": extra, "body": total - embedding}
+    assert cfg.flops_per_token == {"tiny": 286_654_464, "small": 798_031_872}[size]
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_loss_is_the_mean_of_the_token_losses_and_starts_at_the_uniform_guess(encoding):
+    model = GPT(load_config([*SIZES, f"--encoding={encoding}"]))
+    x, y = tokens(64), tokens(64).roll(-1, 1)
+    nll = model(x, y, reduction="none")
+    assert nll.shape == (3, 64)
+    assert model(x, y).item() == pytest.approx(nll.mean().item(), rel=1e-6)
+    logits = model(x).double().log_softmax(-1)
+    torch.testing.assert_close(nll.double(), -logits.gather(-1, y[..., None])[..., 0], atol=1e-5, rtol=0)
+    assert nll.mean().item() == pytest.approx(math.log(151), abs=0.1)
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_padding_of_the_vocabulary_is_never_sampled(encoding):
+    model = GPT(load_config([*SIZES, f"--encoding={encoding}"]))
+    with torch.no_grad():
+        model.wte.weight[100:] *= 100  # the padding now has by far the largest logits
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0.0, 1.0, 5.0):
+        new = list(model.generate(tokens(4, vocab=100), 30, n_vocab=100, temperature=temperature, generator=generator))
+        assert len(new) == 30
+        assert max(int(t.max()) for t in new) < 100
+
+
+def test_generation_ends_where_a_learned_table_ends_and_goes_on_elsewhere():
+    models = {name: GPT(load_config([*SIZES, f"--encoding={name}"])) for name in ("learned", "carope")}
+    made = {name: len(list(model.generate(tokens(56), 30, n_vocab=151))) for name, model in models.items()}
+    assert made == {"learned": 9, "carope": 30}  # 56 + 8 fill the table of 64; the ninth new token is read off the last
+
+
+def test_greedy_generation_equals_recomputing_from_scratch():
+    model = shaken(GPT(load_config([*SIZES, "--encoding=carope"])))
+    idx = tokens(5)
+    with torch.no_grad():
+        for next_B in model.generate(idx, 60, 151, temperature=0):
+            assert torch.equal(next_B, model(idx)[:, -1].argmax(-1))
+            idx = torch.cat((idx, next_B[:, None]), dim=1)
+
+
+def test_sampling_follows_the_probabilities_and_their_cuts():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().expand(20_000, 4)
+
+    def frequencies(**options) -> torch.Tensor:
+        options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": torch.Generator().manual_seed(1)} | options
+        return torch.bincount(sample_token(logits, **options), minlength=4) / len(logits)
+
+    torch.testing.assert_close(frequencies(), probs, atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.7), torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
+    torch.testing.assert_close(frequencies(top_p=0.01), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
+    torch.testing.assert_close(frequencies(temperature=0.5), probs**2 / (probs**2).sum(), atol=0.02, rtol=0)
+    assert frequencies(temperature=0).tolist() == [1, 0, 0, 0]

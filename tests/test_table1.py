@@ -1,0 +1,99 @@
+"""The table: plan, run, evaluate, render, restart."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run_command
+
+SCALE = [
+    "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
+    "--micro_batch=4", "--tokens_per_step=256", "--save_every=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(corpus, tmp_path) -> list[str]:
+    """A table of two encodings that takes seconds."""
+    table = ["--sizes", "demo", "--encodings", "rope", "learned", "--lengths", "64", "128", "--max_tokens", "2000"]
+    return ["table1.py", *table, f"--data={corpus}", f"--out_dir={tmp_path}", "--device=cpu", *SCALE]
+
+
+def test_the_whole_table_and_its_restart(words, tmp_path):
+    done = run_command(*words)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "table1.json").read_text())
+    assert [(r["run"], r["length"]) for r in results] == [(f"demo-{e}", n) for e in ("rope", "learned") for n in (64, 128)]
+    rope64, rope128, learned64, learned128 = (r["perplexity"] for r in results)
+    assert learned128 is None and {r["tokens"] for r in results} == {2000, None}
+    table = (tmp_path / "table1.md").read_text()
+    assert f"| 64 | ours | {rope64:.2f} | {learned64:.2f} |" in table and f"| 128 | ours | {rope128:.2f} | – |" in table
+    assert table in done.stdout
+    assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "table1.png").stat().st_size > 10_000
+
+    runs = [path for path in tmp_path.glob("demo-*/**/*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    again = run_command(*words)
+    assert again.returncode == 0 and again.stdout.count("finished") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in runs}
+
+    (tmp_path / "demo-rope/eval.json").unlink()  # only what is missing is done again
+    third = run_command(*words)
+    assert third.returncode == 0 and "rope" in third.stdout
+    assert json.loads((tmp_path / "table1.json").read_text())[0]["perplexity"] == rope64
+    assert all(path.stat().st_mtime_ns == t for path, t in before.items() if path.name != "eval.json")
+
+
+def test_the_plan_of_the_papers_table():
+    done = run_command("table1.py", "--dry_run", "--out_dir=/nowhere/yet")
+    assert done.returncode == 0, done.stderr
+    names = [f"{size}-{encoding}" for size in ("tiny", "small") for encoding in ("rope", "carope", "learned", "sinusoidal")]
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert all(lines[name] == ["missing", "9,961,472,000", "1.0*" if "tiny" in name else "2.8*"] for name in names)
+    assert lines["together"] == ["79,691,776,000", "15.2"]
+
+
+def test_the_plan_counts_what_is_done_and_uses_the_measured_speed(words, tmp_path):
+    done = run_command("train.py", "config/demo.toml", "config/rope.toml", *words[11:])
+    assert done.returncode == 0, done.stderr
+    log = tmp_path / "demo-rope/log.jsonl"
+    log.write_text("".join(json.dumps({"step": i, "tokens_per_second": 0.1}) + "\n" for i in range(3)))
+    done = run_command(*words, "--dry_run")
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert lines["demo-rope"] == ["finished", "0", "0.0"]
+    assert lines["demo-learned"] == ["missing", "1,024", "2.8"]  # 1024 tokens at the speed of its neighbor
+
+
+def test_a_signal_stops_the_run_in_order_and_the_same_command_goes_on(words, tmp_path):
+    words = [word for word in words if not word.startswith(("--steps", "--save_every", "--warmup"))]
+    words += ["--steps=300", "--save_every=1000", "--warmup_steps=0", "--eval_every=1000"]
+    child = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log = tmp_path / "demo-rope/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 5):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 75 and "the same command goes on" in stderr and "Traceback" not in stderr
+    done = run_command(*words)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line) and "lr" in line]
+    assert steps == list(range(300))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--name=x"], "--name: table1.py names its runs"),
+        (["--stepz=3"], "did you mean --steps"),
+        (["--encodings", "rop"], "config/rop.toml"),
+        (["--n_head=3"], "n_head = 3"),
+    ],
+)
+def test_refusals(words, extra, message):
+    done = run_command(*words, *extra)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
