@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# On a machine that others use too, threads that spin for each other long hold up each other
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: help demo test test-all lint clean-demo
 
@@ -10,7 +12,7 @@ help: ## these lines
 
 demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, five encodings, figure, samples
 	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo
-	$(PY) table1.py --sizes demo --encodings rope carope carope_hidden learned sinusoidal --lengths 64 128 256 512
+	$(PY) table1.py --sizes demo --encodings rope carope carope_hidden learned sinusoidal --lengths 64 128 256 512 --max_tokens 65536
 	$(PY) sample.py runs/demo-carope_hidden --prompt "Return the " --prompt "The class " --max_new_tokens 160
 	@echo
 	@echo "Runs with their logs and checkpoints: runs/demo-*; the table and its figure: runs/table1.md, runs/table1.png"

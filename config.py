@@ -19,6 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from errors import UserError
 
+# On a CPU that others use too, threads that spin for each other long hold up each other. This is read when torch is first
+# imported, and train.py imports this module before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 
 class Config(BaseModel):
     """Everything that decides what a run computes; frozen and validated. Raises pydantic.ValidationError."""

@@ -11,7 +11,7 @@ once, whatever T is. Perplexity is exp of the mean of their negative log-likelih
 import argparse
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,25 +105,37 @@ def _chunks(n_tokens: int, length: int, batch: int) -> Iterable[tuple[int, int, 
         yield whole, 1, rest
 
 
-def evaluate_run(path: str, args: argparse.Namespace, dist: Distributed) -> list[dict[str, Any]]:
-    """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions."""
+def evaluate_run(
+    path: str | Path,
+    lengths: Sequence[int],
+    dist: Distributed,
+    *,
+    max_tokens: int = 0,
+    batch: int = 0,
+    data: str | None = None,
+    dtype: str | None = None,
+) -> list[dict[str, Any]]:
+    """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions.
+
+    What is not given is as the run had it (`data`, `dtype`) or fits into memory (`batch`).
+    """
     model, state = load_model(path)
-    dist.dtype = pick_dtype(args.dtype or model.cfg.dtype, dist.device)
+    dist.dtype = pick_dtype(dtype or model.cfg.dtype, dist.device)
     model.to(dist.device)
-    stream = TokenStream(args.data or model.cfg.data, "val", model.cfg.vocab_size)
+    stream = TokenStream(data or model.cfg.data, "val", model.cfg.vocab_size)
     if stream.tokenizer != state["tokenizer"]:
         raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state['tokenizer']!r}")
     results = []
-    for length in args.lengths:
+    for length in lengths:
         result = {
             "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
             "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state["step"],
             "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": state["path"],
-            "max_tokens": args.max_tokens,
+            "max_tokens": max_tokens,
         }  # fmt: skip
         if model.max_len is None or length <= model.max_len:
-            batch = args.batch or default_batch(length, model.cfg.vocab_size)
-            found = evaluate(model, stream, length, batch, dist, args.max_tokens, progress=dist.is_main)
+            windows = batch or default_batch(length, model.cfg.vocab_size)
+            found = evaluate(model, stream, length, windows, dist, max_tokens, progress=dist.is_main)
             result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": found.stderr}
         results.append(result)
     return results
@@ -163,7 +175,8 @@ def main() -> None:
     dist = Distributed.start(args.device, args.dtype or "auto")
     results: list[dict[str, Any]] = []
     for path in args.runs:
-        results += evaluate_run(path, args, dist)
+        options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
+        results += evaluate_run(path, args.lengths, dist, **options)
         if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
             write_json(Path(args.json), results)
     if dist.is_main:

@@ -2,7 +2,7 @@
 
 python prepare_fineweb.py                                    # FineWeb-Edu sample-10BT → data/fineweb-edu-10B, 10B tokens, 20 GB
 python prepare_fineweb.py --source demo                      # the English inside Python, as bytes → data/demo, 2 MB
-python prepare_fineweb.py --source 'texts/*.parquet' notes/ --out data/mine --val_tokens 1_000_000
+python prepare_fineweb.py --source 'texts/*.parquet' notes/ --out data/mine
 
 The stream is <|endoftext|> before each document, documents in the source's order, special tokens in a text encoded as
 text; shard 0 is validation. That is token for token what build-nanogpt's and llm.c's fineweb.py write. Interrupted at
@@ -111,9 +111,7 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
 
 def preflight(job: Job, source: Source, done: int) -> int:
     """The tokens to expect, an estimate. Raises UserError if the disk is too small for what is not `done` of them."""
-    expected = int(sum(file.text_bytes for file in source.files) / BYTES_PER_TOKEN[job.tokenizer])
-    if job.limit_tokens:
-        expected = min(expected, job.limit_tokens)
+    expected = expected_tokens(source, job.tokenizer, job.limit_tokens)
     shard_bytes, free = 2 * max(0, expected - done), shutil.disk_usage(job.out).free
     print(
         f"{job.out}: about {expected:,} tokens from {len(source.files)} files; needs {gigabytes(shard_bytes)} for shards"
@@ -127,6 +125,13 @@ def preflight(job: Job, source: Source, done: int) -> int:
             f"{gigabytes(free)} free; make room, choose another --out or a smaller --limit_tokens"
         )
     return expected
+
+
+def expected_tokens(source: Source, tokenizer: str, limit_tokens: int | None) -> int:
+    """About how many tokens `source` gives, by the sizes of its files."""
+    load_tokenizer(tokenizer)  # refuses an unknown one
+    expected = int(sum(file.text_bytes for file in source.files) / BYTES_PER_TOKEN[tokenizer])
+    return min(expected, limit_tokens) if limit_tokens else expected
 
 
 def gigabytes(n_bytes: int) -> str:
@@ -219,7 +224,7 @@ def parse_args(argv: list[str]) -> Job:
         "--val_tokens",
         type=shard_size,
         metavar="N",
-        help="tokens of validation (default: shard_tokens, demo 200_000)",
+        help="tokens of validation (default: shard_tokens, demo 200_000, local files one in a hundred)",
     )
     add("--limit_tokens", type=positive, metavar="N", help="stop after this many tokens in all (default: the whole source)")
     add(
@@ -236,13 +241,16 @@ def parse_args(argv: list[str]) -> Job:
     if out is None:
         raise UserError(f"--source {' '.join(source)}: say with --out which folder its shards go to, e.g. --out data/mine")
     shard_tokens = args.shard_tokens or (1_000_000 if demo else 100_000_000)
+    tokenizer = args.tokenizer or ("bytes" if demo else "gpt2")
     val_tokens = args.val_tokens or (200_000 if demo else shard_tokens)
+    if not args.val_tokens and not demo and not is_hub(source):
+        expected = expected_tokens(open_source(source, out / SCRATCH), tokenizer, args.limit_tokens)
+        val_tokens = min(shard_tokens, max(1000, expected // 100))
     if args.limit_tokens and args.limit_tokens <= val_tokens:
         raise UserError(
             f"--limit_tokens {args.limit_tokens:,} is all taken by the {val_tokens:,} tokens of validation, nothing is left to "
             "train on; raise it or give a smaller --val_tokens"
         )
-    tokenizer = args.tokenizer or ("bytes" if demo else "gpt2")
     return Job(source, out, tokenizer, shard_tokens, val_tokens, args.limit_tokens, args.workers)
 
 

@@ -153,6 +153,8 @@ class Run:
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = number
+        if self.dist.is_main:  # os.write: print is not safe in a signal handler
+            os.write(2, f"\n{signal.Signals(number).name}: saving and leaving after this step\n".encode())
 
     def _restart_clock(self) -> None:
         self._clock, self._steps_timed = time.perf_counter(), 0

@@ -166,15 +166,26 @@ def train_and_evaluate(entry: Entry, args: argparse.Namespace, overrides: list[s
     path = entry.folder / "eval.json"
     wanted = {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths}
     if not wanted <= {(r["length"], r["step"], r["max_tokens"]) for r in read_results(path)}:
-        lengths = map(str, args.lengths)
-        arguments = [str(entry.folder), "--lengths", *lengths, "--max_tokens", str(args.max_tokens), "--json", str(path)]
-        launch("eval_ppl.py", [*arguments, "--data", entry.cfg.data, "--device", entry.cfg.device], args.nproc)
+        evaluate_entry(entry, args, path)
     results = {r["length"]: r for r in read_results(path)}
     paper = {length: PAPER.get((entry.size, length), {}).get(entry.variant) for length in args.lengths}
-    return [
-        {"size": entry.size, "variant": entry.variant, **results[n], "paper": paper[n], "seed": entry.cfg.seed}
-        for n in args.lengths
-    ]
+    about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}
+    return [{**about, **results[n], "paper": paper[n]} for n in args.lengths]
+
+
+def evaluate_entry(entry: Entry, args: argparse.Namespace, path: Path) -> None:
+    """Write the perplexities of a finished run to `path`; here, or on --nproc processes."""
+    from distributed import Distributed
+    from eval_ppl import evaluate_run
+
+    if args.nproc:
+        words = ["--lengths", *map(str, args.lengths), "--max_tokens", str(args.max_tokens), "--json", str(path)]
+        launch("eval_ppl.py", [str(entry.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device], args.nproc)
+        return
+    dist = Distributed.start(entry.cfg.device)
+    results = evaluate_run(entry.folder, args.lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
+    write_json(path, results)
+    print(", ".join(f"{r['length']}: {r['perplexity']:.2f}" if r["perplexity"] else f"{r['length']}: –" for r in results))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
@@ -38,6 +38,7 @@ def pack(tokens, magic=20240520, version=1, n=None):
 ids = st.lists(st.integers(0, 65535), min_size=1, max_size=50)
 
 
+@settings(max_examples=30, deadline=None)
 @given(tokens=ids)
 def test_format_is_llm_c(tmp_path_factory, tokens):
     path = tmp_path_factory.mktemp("shard") / "train_000001.bin"
@@ -47,6 +48,7 @@ def test_format_is_llm_c(tmp_path_factory, tokens):
     assert open_shard(path).tolist() == tokens
 
 
+@settings(max_examples=30, deadline=None)
 @given(parts=st.lists(ids, min_size=1, max_size=5), room=st.integers(0, 3))
 def test_in_parts_as_at_once(tmp_path_factory, parts, room):
     folder, tokens = tmp_path_factory.mktemp("shard"), [token for part in parts for token in part]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
@@ -21,6 +21,7 @@ any_text = st.text(st.characters(), max_size=80)  # lone surrogates are among th
 
 
 @names
+@settings(deadline=None)
 @given(text=any_text)
 def test_round_trip(name, text):
     tokenizer = load_tokenizer(name)
@@ -32,6 +33,7 @@ def test_round_trip(name, text):
     assert tokenizer.decode_bytes(ids.tolist()).decode() == repair_surrogates(text)
 
 
+@settings(deadline=None)
 @given(text=any_text)
 def test_gpt2_is_encode_ordinary(text):
     tokenizer = load_tokenizer("gpt2")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -182,8 +183,8 @@ def test_the_schedule_is_the_papers():
     lrs = [learning_rate(step, cfg) for step in range(cfg.steps + 1)]
     assert lrs[0] == pytest.approx(6e-4 / 750) and lrs[749] == lrs[750] == 6e-4
     assert lrs[-1] == pytest.approx(6e-5) and lrs[750 + 18_250 // 2] == pytest.approx(3.3e-4)
-    assert all(a < b for a, b in zip(lrs[:749], lrs[1:750], strict=True))
-    assert all(a > b for a, b in zip(lrs[750:-1], lrs[751:], strict=True))
+    assert all(a < b for a, b in pairwise(lrs[:750]))
+    assert all(a > b for a, b in pairwise(lrs[750:]))
 
 
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
