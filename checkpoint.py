@@ -90,15 +90,29 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return found
 
 
+def set_aside_newer(run: Path, path: Path) -> None:
+    """Rename the checkpoints after `path`, the newest valid one: they are damaged and must not count as kept."""
+    for newer in list_checkpoints(run)[list_checkpoints(run).index(path) + 1 :]:
+        aside = newer.with_name(f"damaged_{newer.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        newer.rename(aside)
+
+
 def prune_checkpoints(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the one of lowest validation loss."""
     paths = list_checkpoints(run)
-    losses = {path: json.loads((path / STATE).read_text()).get("val_loss") for path in paths if (path / STATE).exists()}
-    scored = [path for path, loss in losses.items() if loss is not None]
-    best = min(scored, key=lambda path: losses[path], default=None)
+    losses = {path: loss for path in paths if (loss := _val_loss(path)) is not None}
+    best = min(losses, key=losses.__getitem__, default=None)
     for path in paths[:-keep]:
         if path != best:
             shutil.rmtree(path)
+
+
+def _val_loss(path: Path) -> float | None:
+    try:
+        return json.loads((path / STATE).read_text())["val_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -95,8 +95,6 @@ class Config(BaseModel):
                 f"tokens_per_step = {self.tokens_per_step}: must be a multiple of block_size = {self.block_size}; "
                 f"the nearest that work: {works}"
             )
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}: must not exceed steps = {self.steps}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr}: must not exceed lr = {self.lr}")
         return self

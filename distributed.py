@@ -60,7 +60,7 @@ class Distributed:
             net = torch.compile(net, dynamic=False)
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
         return net
 
     def sync_if(self, net: nn.Module, last: bool) -> AbstractContextManager:

@@ -16,7 +16,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from checkpoint import list_checkpoints, load_optimizer, load_weights, newest_checkpoint, prune_checkpoints, save_checkpoint
+from checkpoint import (
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    set_aside_newer,
+)
 from config import FREE_ON_RESUME, Config, to_toml
 from data import TokenStream
 from distributed import Distributed
@@ -59,7 +67,9 @@ class Run:
             self._val_loss = state["val_loss"]
         self._start = state["step"]
         if self.dist.is_main and not self.finished:
-            self._open(state["log_bytes"])
+            if found:
+                set_aside_newer(self.folder, path)
+            self._open(state["log_bytes"], model)
         return self._start
 
     @property
@@ -74,6 +84,7 @@ class Run:
                 print(f"{self.folder}: finished at step {start} already, nothing to do")
             return
         self._bar = Progress(self.cfg, start, self.dist.is_main)
+        self._restart_clock()
         for step in range(start, self.cfg.steps + 1):
             yield step
             self._bar.update()
@@ -166,13 +177,14 @@ class Run:
         mfu = rate * self.cfg.flops_per_token / (peak * self.dist.world_size) if peak else None
         return {"tokens_per_second": round(rate, 1), "mfu": mfu, "peak_memory_bytes": self.dist.peak_memory()}
 
-    def _open(self, log_bytes: int) -> None:
-        """Describe this start and open the log, cut to what the checkpoint had seen."""
+    def _open(self, log_bytes: int, model: GPT) -> None:
+        """Describe this start, on the terminal too, and open the log, cut to what the checkpoint had seen."""
         env, log = self.folder / "env.json", self.folder / "log.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             starts = json.loads(env.read_text()) if self._start and env.exists() else []
-            write_json(env, [*starts, environment(self.dist, self._start)])
+            this_start = environment(self.dist, self._start) | {"n_params": model.n_params()}
+            write_json(env, [*starts, this_start])
             with atomic_write(self.folder / "config.toml", "w") as file:
                 file.write(to_toml(self.cfg))
             if log.exists():
@@ -181,6 +193,13 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); --out_dir says where runs go") from None
         self._trackers = make_trackers(self.cfg, self.folder)
+        n = this_start["n_params"]
+        print(
+            f"{self.folder}: {self.cfg.encoding}, {n['total']:,} parameters ({n['embedding']:,} of the embedding and head, "
+            f"{n['encoding']:,} of positions), {self.dist.world_size} × {this_start['device']} in {this_start['dtype']}, "
+            f"from step {self._start}",
+            file=sys.stderr,
+        )
 
 
 def check_same(state: dict[str, Any], cfg: Config, data: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ it was. Writes table1.md, table1.json and table1.png.
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -140,7 +141,8 @@ def show_plan(entries: list[Entry]) -> None:
 def launch(script: str, arguments: list[str], nproc: int) -> None:
     """Run one of our scripts, under torchrun where nproc > 0; signals go on to it, so that it saves and leaves."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    child = subprocess.Popen([sys.executable, *torchrun, str(HERE / script), *arguments])
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))} if nproc else {}
+    child = subprocess.Popen([sys.executable, *torchrun, str(HERE / script), *arguments], env=threads | os.environ)
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:

@@ -72,7 +72,8 @@ def forward_backward(net: nn.Module, batches: Batches, step: int, dist: Distribu
 
 def validate(net: nn.Module, val: TokenStream, cfg: Config, dist: Distributed, last: bool) -> dict[str, float]:
     """Loss and perplexity on the first eval_tokens of the evaluation set, the same for every run; on all of it at the end."""
-    found = evaluate(net, val, cfg.block_size, cfg.micro_batch, dist, cfg.final_eval_tokens if last else cfg.eval_tokens)
+    n_tokens = cfg.final_eval_tokens if last else cfg.eval_tokens
+    found = evaluate(net, val, cfg.block_size, cfg.micro_batch, dist, n_tokens, progress=dist.is_main)
     return {"val_loss": found.nll, "val_perplexity": found.perplexity, "val_tokens": found.tokens}
 
 

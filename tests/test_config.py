@@ -70,7 +70,6 @@ def test_a_resolved_config_reads_back_as_it_was(values):
         (["--tokens_per_step=1000"], ["1000", "block_size = 512", "512 or 1024"]),
         (["--micro_batch=48"], ["524288", "48", "--micro_batch=32", "--micro_batch=64", "--tokens_per_step=516096"]),
         (["--vocab_size=70000"], ["70000", "65536"]),
-        (["--warmup_steps=20", "--steps=10"], ["warmup_steps = 20", "steps = 10"]),
         (["--min_lr=1"], ["min_lr = 1.0", "0.0006"]),
         (["--name=a/b"], ["'a/b'", "out_dir"]),
         (["nowhere.toml"], ["nowhere.toml", "No such file"]),

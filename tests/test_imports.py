@@ -6,8 +6,8 @@ from conftest import ROOT
 
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 LAYERS = [
-    {"errors", "positional", "shards"},
-    {"config", "tokenizer", "corpus"},
+    {"errors", "positional"},
+    {"config", "corpus", "shards", "tokenizer"},
     {"data", "distributed", "sources"},
     {"model", "provenance", "trackers", "token_stream"},
     {"checkpoint", "prepare_fineweb"},

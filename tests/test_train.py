@@ -165,9 +165,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(small, tmp_pa
     with open(tmp_path / "r/checkpoints/step_000008/model.safetensors", "r+b") as file:
         file.seek(1000)
         file.write(b"damage")
-    train(load_config([*small, *WORDS]))
+    train(load_config([*small, *WORDS, "--keep_checkpoints=1", "--save_every=3"]))
     assert "step_000008/model.safetensors" in capsys.readouterr().err
     assert_same_run(tmp_path / "r", tmp_path / "whole")
+    kept = sorted(path.name for path in (tmp_path / "r/checkpoints").iterdir())
+    assert kept == ["damaged_step_000008", "step_000008"]  # the damaged one is never counted among those to keep
 
 
 def test_the_best_checkpoint_is_kept(small, tmp_path):
