@@ -43,3 +43,20 @@ def small(corpus: Path, tmp_path: Path) -> list[str]:
         "--warmup_steps=2", "--lr=1e-2", "--min_lr=1e-3", "--eval_every=4", "--eval_tokens=4000", "--final_eval_tokens=8000",
         "--save_every=4",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def runs(corpus: Path, tmp_path_factory) -> Path:
+    """Folder of two short runs, `carope` and `learned`, trained at length 32."""
+    from config import load_config
+    from train import train
+
+    out = tmp_path_factory.mktemp("runs")
+    for encoding in ("carope", "learned"):
+        words = [
+            f"--data={corpus}", f"--out_dir={out}", f"--encoding={encoding}", f"--name={encoding}", "--dtype=float32",
+            "--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=8",
+            "--tokens_per_step=512", "--steps=30", "--warmup_steps=2", "--lr=1e-2", "--final_eval_tokens=500",
+        ]  # fmt: skip
+        train(load_config(words))
+    return out

@@ -11,35 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import load_model
-from config import load_config
 from data import TokenStream
 from distributed import Distributed
 from eval_ppl import Evaluation, evaluate
-from train import train
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory):
-    """Folder of two short runs, `carope` and `learned`, trained at length 32."""
-    out = tmp_path_factory.mktemp("runs")
-    for encoding in ("carope", "learned"):
-        words = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=8"]
-        words += ["--tokens_per_step=512", "--steps=30", "--warmup_steps=2", "--lr=1e-2", "--final_eval_tokens=500"]
-        train(
-            load_config(
-                [
-                    f"--data={corpus}",
-                    f"--out_dir={out}",
-                    f"--encoding={encoding}",
-                    f"--name={encoding}",
-                    "--dtype=float32",
-                    *words,
-                ]
-            )
-        )
-    return out
 
 
 def by_hand(model, tokens: np.ndarray, length: int) -> tuple[list[float], list[list[float]]]:

@@ -3,19 +3,6 @@
 import pytest
 from conftest import run_command
 
-from config import load_config
-from train import train
-
-
-@pytest.fixture(scope="module")
-def runs(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
-    for encoding in ("carope", "learned"):
-        words = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=8"]
-        words += ["--tokens_per_step=512", "--steps=3", "--warmup_steps=2", "--final_eval_tokens=100", "--eval_tokens=100"]
-        train(load_config([f"--data={corpus}", f"--out_dir={out}", f"--encoding={encoding}", f"--name={encoding}", *words]))
-    return out
-
 
 def test_prompts_samples_and_seeds(runs, tmp_path):
     (tmp_path / "prompt.txt").write_text("Grüße")
