@@ -43,7 +43,8 @@ class Distributed:
         on_gpu = chosen.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(chosen)
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+            # No TF32: under bf16 autocast the one matmul left in fp32 is CARoPE's W, whose digits add up along the phases
+            torch.set_float32_matmul_precision("highest")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
         return self
