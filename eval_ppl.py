@@ -136,7 +136,8 @@ def evaluate_run(
         if model.max_len is None or length <= model.max_len:
             windows = batch or default_batch(length, model.cfg.vocab_size)
             found = evaluate(model, stream, length, windows, dist, max_tokens, progress=dist.is_main)
-            result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": found.stderr}
+            stderr = None if math.isnan(found.stderr) else found.stderr  # of a single window it is unknown
+            result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": stderr}
         results.append(result)
     return results
 
@@ -151,7 +152,8 @@ def render(results: list[dict[str, Any]]) -> str:
     lengths = list(dict.fromkeys(r["length"] for r in results))
     rows: dict[tuple, dict[int, str]] = {}
     for r in results:
-        cell = "–" if r["perplexity"] is None else f"{r['perplexity']:.2f} ± {r['stderr']:.2f}"
+        spread = f" ± {r['stderr']:.2f}" if r["stderr"] is not None else ""
+        cell = "–" if r["perplexity"] is None else f"{r['perplexity']:.2f}{spread}"
         rows.setdefault((r["run"], r["encoding"], r["step"]), {})[r["length"]] = cell
     table = [("run", "encoding", "step", *map(str, lengths))]
     table += [(run, encoding, str(step), *(cells[n] for n in lengths)) for (run, encoding, step), cells in rows.items()]

@@ -48,8 +48,8 @@ class Run:
         self._log_file: Any = None
         self._val_loss: float | None = None
         self._start, self._clock, self._steps_timed = 0, time.perf_counter(), 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._saved = 0
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def resume(self, model: GPT, optimizer: Optimizer, data: TokenStream) -> int:
         """Load the newest valid checkpoint, if any; returns the step to go on from, 0 for a fresh run.
@@ -119,6 +119,7 @@ class Run:
                 ) from None
             prune_checkpoints(self.folder, self.cfg.keep_checkpoints)
         self.dist.barrier()
+        self._saved = step
         self._restart_clock()
 
     def guard(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
@@ -152,15 +153,18 @@ class Run:
 
     def close(self) -> int:
         """Exit code of the run: 0 when it is finished, EXIT_REQUEUE when a signal ended it early."""
+        early = self.stopping and self._saved < self.cfg.steps
         if self.dist.is_main and self._log_file:
             self._bar.close()
             self._log_file.close()
             for tracker in self._trackers:
                 tracker.close()
-            if self.stopping:
-                name = signal.Signals(self._signal).name if self._signal else "a signal on another rank"
-                print(f"{self.folder}: saved and left on {name}; the same command goes on from here", file=sys.stderr)
-        return EXIT_REQUEUE if self.stopping else 0
+            if early:
+                saved = f"saved at step {self._saved}" if self._saved else "nothing new to save"
+                print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        return EXIT_REQUEUE if early else 0
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = number

@@ -98,6 +98,11 @@ def main() -> None:
     model, state = load_model(args.run)
     model.to(dist.device)
     tokenizer = load_tokenizer(state["tokenizer"])
+    if tokenizer.n_vocab > model.cfg.vocab_size:
+        raise UserError(
+            f"{args.run}: its {model.cfg.vocab_size} ids are fewer than the {tokenizer.n_vocab} of {tokenizer.name!r}, "
+            "the tokenizer of shards without a manifest; prepare_fineweb.py writes one"
+        )
     for prompt in prompts:
         ids = tokenizer.encode(prompt).tolist()
         if model.max_len is not None and len(ids) >= model.max_len:

@@ -42,6 +42,7 @@ class Entry:
     variant: str
     cfg: Config
     step: int
+    conflict: str | None = None  # why the run in its folder is another one
 
     @property
     def folder(self) -> Path:
@@ -53,6 +54,8 @@ class Entry:
 
     @property
     def status(self) -> str:
+        if self.conflict:
+            return "another run"
         if self.step == self.cfg.steps:
             return "finished"
         return f"at step {self.step:,}" if self.step else "missing"
@@ -88,7 +91,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 
 def plan(sizes: list[str], encodings: list[str], overrides: list[str]) -> list[Entry]:
-    """An entry per size and encoding. Raises UserError for a configuration that cannot be or a run that is another."""
+    """An entry per size and encoding. Raises UserError for a configuration that cannot be."""
     from checkpoint import newest_checkpoint
     from run import check_same
 
@@ -99,16 +102,19 @@ def plan(sizes: list[str], encodings: list[str], overrides: list[str]) -> list[E
         for encoding in encodings:
             cfg = load_config([str(HERE / f"config/{size}.toml"), str(HERE / f"config/{encoding}.toml"), *overrides])
             found = newest_checkpoint(Path(cfg.out_dir) / cfg.name)
-            if found:
-                check_same(found[1], cfg, {})
-            entries.append(Entry(size, encoding, cfg, found[1]["step"] if found else 0))
+            try:
+                if found:
+                    check_same(found[1], cfg, {})
+                entries.append(Entry(size, encoding, cfg, found[1]["step"] if found else 0))
+            except UserError as error:
+                entries.append(Entry(size, encoding, cfg, 0, str(error)))
     return entries
 
 
 def measured_rate(entry: Entry) -> float | None:
     """Median tokens/s in the log of the entry's run; None where it has none."""
     log = entry.folder / "log.jsonl"
-    if not log.exists():
+    if entry.conflict or not log.exists():
         return None
     records = (json.loads(line) for line in log.read_text().splitlines())
     rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
@@ -250,8 +256,12 @@ def main() -> None:
     args, overrides = parse_args()
     entries = plan(args.sizes, args.encodings, overrides)
     show_plan(entries)
+    conflicts = [entry.conflict for entry in entries if entry.conflict]
     if args.dry_run:
+        print("\n".join(conflicts))
         return
+    if conflicts:
+        raise UserError(conflicts[0])
     results = []
     out = Path(args.out or entries[0].cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)

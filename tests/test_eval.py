@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from checkpoint import load_model
 from data import TokenStream
 from distributed import Distributed
-from eval_ppl import Evaluation, evaluate
+from eval_ppl import evaluate, evaluate_run, render
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 
@@ -104,8 +104,10 @@ def test_the_table_and_its_json(runs, tmp_path):
     assert f"{results[3]['perplexity']:.2f} ± {results[3]['stderr']:.2f}" in carope
 
 
-def test_the_standard_error_of_one_window_is_unknown():
-    assert math.isnan(Evaluation(1.0, math.nan, 5).stderr)
+def test_the_standard_error_of_one_window_is_unknown(runs):
+    (result,) = evaluate_run(runs / "carope", [64], CPU, max_tokens=64)
+    assert result["stderr"] is None
+    assert render([result]).splitlines()[1].split()[-1] == f"{result['perplexity']:.2f}"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Sampling through its command."""
 
+import shutil
+
 import pytest
 from conftest import run_command
 
@@ -31,6 +33,14 @@ def test_past_the_training_length_unless_the_encoding_cannot(runs):
     short = run_command("sample.py", runs / "learned", "--prompt", "x", "--max_new_tokens", 100, "--temperature", 0)
     assert short.returncode == 0
     assert "encoding 'learned' has positions for 32 tokens only: stopped after 31 new ones" in short.stderr
+
+
+def test_a_run_whose_tokenizer_nobody_recorded_is_refused(runs, tmp_path):
+    shutil.copytree(runs / "carope", tmp_path / "r")
+    (state,) = tmp_path.glob("r/checkpoints/*/state.json")
+    state.write_text(state.read_text().replace('"tokenizer": "bytes"', '"tokenizer": "gpt2"'))
+    done = run_command("sample.py", tmp_path / "r")
+    assert done.returncode == 2 and "320 ids are fewer than the 50257 of 'gpt2'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def test_the_plan_counts_what_is_done_and_uses_the_measured_speed(words, tmp_pat
     assert lines["demo-learned"] == ["missing", "1,024", "2.8"]  # 1024 tokens at the speed of its neighbor
 
 
+def test_a_folder_that_holds_another_run_is_planned_around_and_refused(words):
+    assert run_command("train.py", "config/demo.toml", "config/rope.toml", *words[11:], "--seed=7").returncode == 0
+    plan = run_command(*words, "--dry_run")
+    assert plan.returncode == 0 and "another run" in plan.stdout and "seed = 7 (now 1)" in plan.stdout
+    done = run_command(*words)
+    assert done.returncode == 2 and "seed = 7 (now 1)" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_signal_stops_the_run_in_order_and_the_same_command_goes_on(words, tmp_path):
     words = [word for word in words if not word.startswith(("--steps", "--save_every", "--warmup"))]
     words += ["--steps=300", "--save_every=1000", "--warmup_steps=0", "--eval_every=1000"]

@@ -63,6 +63,12 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
     assert (state["step"], state["tokens"], state["tokenizer"]) == (8, 8 * 512, "bytes")
 
 
+def test_training_in_process_gives_the_signals_back(small):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(load_config([*small, *WORDS, "--steps=1"]))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_finished_run_is_left_alone(small, tmp_path, capsys):
     cfg = load_config([*small, *WORDS])
     train(cfg)
@@ -121,8 +127,9 @@ def test_a_signal_saves_and_leaves(small, tmp_path, number):
     child.send_signal(number)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == EXIT_REQUEUE
-    assert f"saved and left on {signal.Signals(number).name}" in stderr and "Traceback" not in stderr
     _, state = newest_checkpoint(tmp_path / "r")
+    assert f"{signal.Signals(number).name}: saving and leaving" in stderr and "Traceback" not in stderr
+    assert f"saved at step {state['step']}" in stderr
     assert state["step"] == records(tmp_path / "r")[-1]["step"] + 1
 
 
@@ -130,7 +137,7 @@ def test_a_signal_to_torchrun_saves_on_all_ranks(small, tmp_path):
     child = start_long_run(small, tmp_path, 2)
     child.send_signal(signal.SIGTERM)
     _, stderr = child.communicate(timeout=60)
-    assert "saved and left" in stderr
+    assert "saved at step" in stderr
     assert newest_checkpoint(tmp_path / "r")[1]["step"] > 0
 
 
