@@ -258,7 +258,7 @@ def main() -> None:
     show_plan(entries)
     conflicts = [entry.conflict for entry in entries if entry.conflict]
     if args.dry_run:
-        print("\n".join(conflicts))
+        print(*conflicts, sep="\n", end="\n" if conflicts else "")
         return
     if conflicts:
         raise UserError(conflicts[0])
