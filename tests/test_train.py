@@ -196,6 +196,11 @@ def test_the_schedule_is_the_papers():
     assert all(a > b for a, b in pairwise(lrs[750:]))
 
 
+def test_a_run_may_end_before_its_warm_up_does():
+    cfg = load_config(["config/tiny.toml", "--steps=20"])
+    assert [learning_rate(step, cfg) for step in (0, 19)] == pytest.approx([6e-4 / 750, 6e-4 * 20 / 750])
+
+
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 def test_every_parameter_is_in_exactly_one_group(encoding):
     model = GPT(load_config(["--n_layer=1", "--n_embd=24", f"--encoding={encoding}", "--n_head=2", "--vocab_size=9"]))
