@@ -92,7 +92,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def set_aside_newer(run: Path, path: Path) -> None:
     """Rename the checkpoints after `path`, the newest valid one: they are damaged and must not count as kept."""
-    for newer in list_checkpoints(run)[list_checkpoints(run).index(path) + 1 :]:
+    paths = list_checkpoints(run)
+    for newer in paths[paths.index(path) + 1 :]:
         aside = newer.with_name(f"damaged_{newer.name}")
         shutil.rmtree(aside, ignore_errors=True)
         newer.rename(aside)
@@ -142,11 +143,11 @@ def rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def load_model(path: str | Path, **changes: Any) -> tuple[GPT, dict[str, Any]]:
-    """The model of a run or checkpoint, on the CPU in eval mode, and its state; `changes` override config fields."""
+def load_model(path: str | Path) -> tuple[GPT, dict[str, Any]]:
+    """The model of a run or checkpoint, on the CPU in eval mode, and its state."""
     folder, state = find_checkpoint(path)
     try:
-        cfg = Config(**(state["config"] | changes))
+        cfg = Config(**state["config"])
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise UserError(f"{folder / STATE}: its configuration is not one of this version ({reason})") from None

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
+
 
 class UserError(Exception):
     """Something the user can put right; the message says what, where, the limit and the way out."""
@@ -18,6 +20,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        """Call `main`, then leave the process with its exit code."""
         try:
             code = main()
         except UserError as error:

@@ -166,6 +166,7 @@ def render(results: list[dict[str, Any]]) -> str:
 
 @command
 def main() -> None:
+    """Evaluate the runs of the command line, print the table, write the JSON."""
     args = parse_args()
     for flag, smallest, values in (
         ("lengths", 1, args.lengths),

@@ -28,13 +28,11 @@ from checkpoint import (
 from config import FREE_ON_RESUME, Config, to_toml
 from data import TokenStream
 from distributed import Distributed
-from errors import UserError
+from errors import EXIT_REQUEUE, UserError
 from model import GPT
 from provenance import environment, git_version
 from shards import atomic_write, write_json
 from trackers import Progress, make_trackers
-
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
 
 
 class Run:

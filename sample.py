@@ -91,6 +91,7 @@ def stream_sample(
 
 @command
 def main() -> None:
+    """Print the samples the command line asks for."""
     args = parse_args()
     check(args)
     prompts = read_prompts(args)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, load_config
-from errors import UserError, command
+from errors import EXIT_REQUEUE, UserError, command
 from shards import atomic_write, write_json
 
 HERE = Path(__file__).parent
@@ -122,7 +122,7 @@ def measured_rate(entry: Entry) -> float | None:
 
 
 def hours_left(entries: list[Entry]) -> list[tuple[float, bool]]:
-    """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size, by its FLOPs."""
+    """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size."""
     rates = [measured_rate(entry) for entry in entries]
     hours = []
     for entry, rate in zip(entries, rates, strict=True):
@@ -159,9 +159,9 @@ def launch(script: str, arguments: list[str], nproc: int) -> None:
     code = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if received or code == 75:
+    if received or code == EXIT_REQUEUE:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(75)
+        raise SystemExit(EXIT_REQUEUE)
     if code:
         raise UserError(f"{script} {' '.join(arguments)}: failed with exit code {code}; its message stands above")
 
@@ -253,6 +253,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 @command
 def main() -> None:
+    """Show the plan; unless it is a dry run, do what is left of it and render the table."""
     args, overrides = parse_args()
     entries = plan(args.sizes, args.encodings, overrides)
     show_plan(entries)

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 
 from checkpoint import list_checkpoints, newest_checkpoint
 from config import load_config
-from errors import UserError
+from errors import EXIT_REQUEUE, UserError
 from model import GPT
 from positional import ENCODINGS
-from run import EXIT_REQUEUE
 from train import learning_rate, make_optimizer, train
 
 WORDS = ["--encoding=carope", "--name=r"]
