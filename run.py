@@ -47,7 +47,6 @@ class Run:
         self._val_loss: float | None = None
         self._start, self._clock, self._steps_timed = 0, time.perf_counter(), 0
         self._saved = 0
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def resume(self, model: GPT, optimizer: Optimizer, data: TokenStream) -> int:
         """Load the newest valid checkpoint, if any; returns the step to go on from, 0 for a fresh run.
@@ -83,9 +82,14 @@ class Run:
             return
         self._bar = Progress(self.cfg, start, self.dist.is_main)
         self._restart_clock()
-        for step in range(start, self.cfg.steps + 1):
-            yield step
-            self._bar.update()
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for step in range(start, self.cfg.steps + 1):
+                yield step
+                self._bar.update()
+        finally:  # an error on the way gives them back, too
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def eval_due(self, step: int) -> bool:
         """Every eval_every steps and at the end, but not where the resumed log has it already."""
@@ -160,8 +164,6 @@ class Run:
             if early:
                 saved = f"saved at step {self._saved}" if self._saved else "nothing new to save"
                 print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         return EXIT_REQUEUE if early else 0
 
     def _on_signal(self, number: int, _frame: Any) -> None:

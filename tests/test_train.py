@@ -65,6 +65,8 @@ def test_a_run_leaves_what_it_promises(small, tmp_path):
 def test_training_in_process_gives_the_signals_back(small):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     train(load_config([*small, *WORDS, "--steps=1"]))
+    with pytest.raises(UserError):
+        train(load_config([*small, *WORDS, "--steps=2"]))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
