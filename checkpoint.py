@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from config import Config
 from errors import UserError
+from files import fsync_folder, sha256_file
 from model import GPT
-from shards import fsync_folder, sha256_file
 
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"

@@ -45,8 +45,8 @@ from checkpoint import load_model
 from data import TokenStream, to_batch
 from distributed import Distributed, local_and_eager, pick_dtype
 from errors import UserError, command
+from files import write_json
 from provenance import git_version
-from shards import write_json
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import UserError, command
-from shards import MANIFEST, read_manifest, write_json
+from files import locked, write_json
+from shards import MANIFEST, read_manifest
 from sources import Source, is_hub, open_source
 from token_stream import (
     PROGRESS,
     ShardFolder,
     encode_in_order,
     intact,
-    locked,
     read_batches,
     read_earlier,
     refuse_other_work,

@@ -29,9 +29,9 @@ from config import FREE_ON_RESUME, Config, to_toml
 from data import TokenStream
 from distributed import Distributed
 from errors import EXIT_REQUEUE, UserError
+from files import atomic_write, write_json
 from model import GPT
 from provenance import environment, git_version
-from shards import atomic_write, write_json
 from trackers import Progress, make_trackers
 
 

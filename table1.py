@@ -21,7 +21,7 @@ from typing import Any
 
 from config import Config, load_config
 from errors import EXIT_REQUEUE, UserError, command
-from shards import atomic_write, write_json
+from files import atomic_write, write_json
 
 HERE = Path(__file__).parent
 # Perplexity on 0.1B held-out tokens of FineWeb-Edu, Table 1 of arXiv 2507.23083

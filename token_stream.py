@@ -4,12 +4,11 @@ The stream is the end-of-text token before each document and the document's toke
 Which pieces make a batch depends on where a start continues, the tokens do not.
 """
 
-import fcntl
 import json
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -19,12 +18,13 @@ import numpy as np
 
 from corpus import Piece, read_pieces
 from errors import UserError
-from shards import HEADER_BYTES, ShardWriter, read_manifest, write_json
+from files import write_json
+from shards import HEADER_BYTES, ShardWriter, read_manifest
 from sources import Source
 from tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 18  # text encoded at a time by one worker
-PROGRESS, LOCK = ".progress.json", ".lock"
+PROGRESS = ".progress.json"
 
 
 class Batch(NamedTuple):
@@ -210,28 +210,6 @@ class ShardFolder:
         entry = {"file": name, "split": name.split("_")[0], "tokens": shard.n_tokens, "documents": documents, "sha256": sha256}
         self.shards.append(entry | {"end": asdict(end)})
         write_json(self.out / PROGRESS, self.terms | {"shards": self.shards})
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; on leaving, a folder that was made and stayed empty goes away."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another prepare_fineweb.py is at work there; wait for it or choose another --out"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
 
 
 def read_earlier(out: Path) -> tuple[dict[str, Any], bool]:

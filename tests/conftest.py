@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["fault_report"]
 ROOT = Path(__file__).parent.parent
 os.environ.update(WANDB_SILENT="true")
 

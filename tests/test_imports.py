@@ -7,6 +7,7 @@ from conftest import ROOT
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 LAYERS = [
     {"errors", "positional"},
+    {"files"},
     {"config", "corpus", "shards", "tokenizer"},
     {"data", "distributed", "sources"},
     {"model", "provenance", "trackers", "token_stream"},

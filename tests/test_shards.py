@@ -13,17 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from shards import (
-    MANIFEST,
-    ShardWriter,
-    atomic_write,
-    find_shards,
-    open_shard,
-    read_manifest,
-    sha256_file,
-    write_json,
-    write_shard,
-)
+from files import atomic_write, sha256_file, write_json
+from shards import MANIFEST, ShardWriter, find_shards, open_shard, read_manifest, write_shard
 
 ROOT = Path(__file__).parent.parent
 
