@@ -1,75 +1,213 @@
-"""Checkpoints: a folder `step_NNNNNN` of model.safetensors, optimizer.pt and state.json, written whole or not at all.
+"""Checkpoints: a folder `step_NNNNNN` of model.safetensors, optimizer.safetensors and state.json, whole or not there.
 
-`state.json` is JSON, the weights are safetensors and the optimizer is loaded with weights_only=True: opening a
-stranger's checkpoint runs no code. It holds the sha256 of the other files, checked on every load.
+Tensors are safetensors and the rest is JSON, checked by its model below: opening a stranger's checkpoint runs no code.
+state.json holds the sha256 of the other files, checked on every load.
 """
 
 import json
 import os
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import Config
+from data import ShardRecord
 from errors import UserError
 from files import fsync_folder, sha256_file
 from model import GPT
+from shards import first_error
 
 FOLDER = "checkpoints"
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+RNG = "rng."  # the names in OPTIMIZER that belong to no parameter
+
+Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+Tensors = dict[str, dict[str, Tensor]]  # file → name → tensor
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
-    """Write `run`/checkpoints/step_NNNNNN: a temporary folder, fsynced, then renamed. Returns its path."""
-    from safetensors.torch import save_file
+class State(BaseModel):
+    """state.json: where the run was, on what data, under which configuration. Raises pydantic.ValidationError."""
 
-    path = Path(run) / FOLDER / f"step_{step:06d}"
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in model.state_dict().items()}, temporary / MODEL)
-    torch.save({"optimizer": optimizer.state_dict(), "rng": rng_state()}, temporary / OPTIMIZER)
-    sums = {name: sha256_file(temporary / name) for name in (MODEL, OPTIMIZER)}
-    (temporary / STATE).write_text(json.dumps({"step": step, **state, "sha256": sums}, indent=1) + "\n")
-    for file in temporary.iterdir():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    fsync_folder(temporary)
-    if path.exists():  # only a damaged one: a valid one would have been resumed from
-        shutil.rmtree(path)
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    step: NonNegativeInt
+    tokens: NonNegativeInt
+    config: dict[str, Any]
+    tokenizer: str
+    train_tokens: NonNegativeInt
+    shards: list[ShardRecord]
+    val_loss: Finite | None
+    val_step: NonNegativeInt | None = None  # the step of val_loss: an interrupted validation is made up for
+    log_bytes: NonNegativeInt
+    guard: dict[str, list[Finite]] = {}
+    git: str | None
+    sha256: dict[str, str] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: the last step is taken and validated."""
+        return self.step == self.config.get("steps") == self.val_step
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run, one at a time; with `background`, while training goes on.
+
+    A step then waits only for a copy of the weights to memory. Errors of the background come up at the next `save` or `wait`.
+    """
+
+    def __init__(self, run: Path, keep: int, background: bool) -> None:
+        self._run, self._keep, self._background = run, keep, background
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._buffers: Tensors = {}
+
+    def save(self, model: nn.Module, optimizer: Optimizer, state: State) -> None:
+        """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError; older ones are whole then."""
+        self.wait()
+        tensors = {MODEL: dict(model.state_dict()), OPTIMIZER: optimizer_tensors(model, optimizer)}
+        if self._background:
+            tensors = self._copy(tensors)
+            self._pending = self._pool.submit(self._write, tensors, state)
+        else:
+            self._write(tensors, state)
+
+    @property
+    def failed(self) -> bool:
+        """Whether what `save` began is known to have failed; `wait` raises the error."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until what `save` began is on disk. Raises UserError where it is not."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Until nothing is being written; what failed stays unsaid, the error that led here is said already."""
+        self._pool.shutdown(wait=True)
+
+    def _write(self, tensors: Tensors, state: State) -> None:
+        write_checkpoint(self._run, tensors, state)
+        prune_checkpoints(self._run, self._keep)
+
+    def _copy(self, tensors: Tensors) -> Tensors:
+        """Into buffers kept from save to save: fresh memory, pinned above all, costs more than the copy."""
+        for file, named in tensors.items():
+            held = self._buffers.setdefault(file, {})
+            for name, tensor in named.items():
+                if name not in held:
+                    held[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                held[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._buffers
+
+
+def write_checkpoint(run: Path, tensors: Tensors, state: State) -> Path:
+    """Write `run`/checkpoints/step_NNNNNN: a temporary folder, fsynced, then renamed. Returns its path.
+
+    Raises UserError, with the bytes it takes, where it cannot be written; nothing of it is left then.
+    """
+    path = Path(run) / FOLDER / f"step_{state.step:06d}"
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    try:
+        for leftover in path.parent.glob(".step_*"):  # of a process that was killed while it wrote or deleted
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        for file, named in tensors.items():
+            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, temporary / file)
+        sums = {file: sha256_file(temporary / file) for file in tensors}
+        (temporary / STATE).write_text(json.dumps(state.model_dump() | {"sha256": sums}, indent=1) + "\n")
+        for written in temporary.iterdir():
+            with open(written, "rb+") as handle:
+                os.fsync(handle.fileno())
+        fsync_folder(temporary)
+        if path.exists():  # saved before the validation of its step was interrupted
+            path.rename(old)
+        temporary.rename(path)
+        fsync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        raise UserError(
+            f"{path}: checkpoint not written ({reason(error)}); it takes {needed:,} bytes, {free_bytes(run):,} are free; older "
+            "checkpoints are whole, the same command goes on from the newest"
+        ) from None
     return path
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def check_space(run: Path, model: nn.Module, keep: int) -> None:
+    """Raise UserError where the disk cannot take as many checkpoints more as a run will have at a time."""
+    size = 3 * sum(p.numel() * 4 for p in model.parameters())  # weights and AdamW's two averages, in fp32
+    missing = keep + 2 - len(list_checkpoints(run))  # the newest, the best, and the one being written
+    free = free_bytes(run)
+    if missing > 0 and free < missing * size:
+        raise UserError(
+            f"{run}: too little space, {free:,} bytes are free and {missing} checkpoints of {size:,} take {missing * size:,}; "
+            f"make room, keep fewer (--keep_checkpoints, now {keep}) or choose another --out_dir"
+        )
+
+
+def reason(error: Exception) -> str:
+    """An error of writing in a few words."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).removeprefix("Error while ")
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    return shutil.disk_usage(next(p for p in [folder, *folder.absolute().parents] if p.exists())).free
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as KEY.PARAMETER, e.g. exp_avg.wte.weight, and the random-number generators' as rng.*."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        f"{key}.{names[id(parameter)]}": torch.as_tensor(value)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    found[f"{RNG}cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        found[f"{RNG}cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def read_state(path: Path) -> State:
     """`state.json` of a checkpoint after checking every file's sha256. Raises UserError, naming the damaged file."""
     try:
-        state = json.loads((path / STATE).read_text())
+        state = State.model_validate_json((path / STATE).read_bytes())
         for name in (MODEL, OPTIMIZER):
-            if sha256_file(path / name) != state["sha256"][name]:
+            if sha256_file(path / name) != state.sha256.get(name):
                 raise UserError(f"{path / name}: its sha256 is not the one in {STATE}; the checkpoint is damaged")
-        return state | {"step": int(state["step"])}
+        return state
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); the checkpoint is damaged") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / STATE}: not a checkpoint's state ({error!r}); the checkpoint is damaged") from None
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path / STATE}: {first_error(error)}; the checkpoint is damaged") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, unchecked."""
-    return sorted((Path(run) / FOLDER).glob("step_*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1)
+    found = [path for path in (Path(run) / FOLDER).glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest valid checkpoint of a run with its state; damaged ones are named on stderr and passed over."""
+def newest_checkpoint(run: Path, at_most: int | None = None) -> tuple[Path, State] | None:
+    """The newest valid checkpoint of a run (of step `at_most`) and its state; damaged ones are named and passed over."""
     for path in reversed(list_checkpoints(run)):
+        if at_most is not None and int(path.name[5:]) > at_most:
+            continue
         try:
             return path, read_state(path)
         except UserError as error:
@@ -77,7 +215,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def find_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
+def find_checkpoint(path: str | Path) -> tuple[Path, State]:
     """The checkpoint meant by `path`, a run folder (its newest valid one) or a checkpoint folder."""
     path = Path(path)
     if (path / STATE).exists():
@@ -105,8 +243,8 @@ def prune_checkpoints(run: Path, keep: int) -> None:
     losses = {path: loss for path in paths if (loss := _val_loss(path)) is not None}
     best = min(losses, key=losses.__getitem__, default=None)
     for path in paths[:-keep]:
-        if path != best:
-            shutil.rmtree(path)
+        if path != best:  # renamed first: a checkpoint is never there in part
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")), ignore_errors=True)
 
 
 def _val_loss(path: Path) -> float | None:
@@ -116,41 +254,64 @@ def _val_loss(path: Path) -> float | None:
         return None
 
 
+def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU: the `expected` names, shapes and types, and any under rng.
+
+    Raises UserError, naming what differs.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in sorted(n for n in shapes.keys() | expected.keys() if not n.startswith(RNG)):
+                here, there = shapes.get(name), list(expected[name].shape) if name in expected else None
+                if here != there:
+                    raise UserError(f"{path}: {name} has shape {here or 'none'}, the model's is {there or 'none'}")
+            found = {name: file.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+    for name, tensor in expected.items():
+        if found[name].dtype != tensor.dtype:
+            raise UserError(f"{path}: {name} is {found[name].dtype}, the model's is {tensor.dtype}")
+    return found
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights into `model`. Raises UserError where names or shapes differ."""
-    from safetensors.torch import load_file
+    """Load a checkpoint's weights into `model`. Raises UserError where names, shapes or types differ."""
+    model.load_state_dict(read_tensors(path / MODEL, model.state_dict()))
 
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load a checkpoint's AdamW and random-number states. Raises UserError where they do not fit the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    like = {"exp_avg": lambda p: p, "exp_avg_sq": lambda p: p, "step": lambda _: torch.zeros(())}
+    found = read_tensors(path / OPTIMIZER, {f"{key}.{names[id(p)]}": form(p) for p in parameters for key, form in like.items()})
+    state = {i: {key: found[f"{key}.{names[id(p)]}"] for key in like} for i, p in enumerate(parameters)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     try:
-        model.load_state_dict(load_file(path / MODEL))
-    except RuntimeError as error:
-        raise UserError(f"{path / MODEL}: does not fit the model ({' '.join(str(error).split())})") from None
+        torch.set_rng_state(found[f"{RNG}cpu"])
+        if f"{RNG}cuda" in found and torch.cuda.is_available():
+            torch.cuda.set_rng_state(found[f"{RNG}cuda"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path / OPTIMIZER}: no state of the random-number generators in it ({error})") from None
 
 
-def load_optimizer(path: Path, optimizer: Optimizer) -> None:
-    """Load a checkpoint's optimizer and random-number states."""
-    saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if "cuda" in saved["rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"])
+def config_of(path: Path, state: State) -> Config:
+    """The configuration of a checkpoint. Raises UserError where it is not one of this version."""
+    try:
+        return Config(**state.config)
+    except (pydantic.ValidationError, TypeError) as error:
+        why = first_error(error) if isinstance(error, pydantic.ValidationError) else error
+        raise UserError(f"{path / STATE}: its configuration is not one of this version ({why})") from None
 
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """States of the random-number generators a step could draw from."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def load_model(path: str | Path) -> tuple[GPT, dict[str, Any]]:
-    """The model of a run or checkpoint, on the CPU in eval mode, and its state."""
+def load_model(path: str | Path) -> tuple[GPT, State, Path]:
+    """The model of a run or checkpoint, on the CPU in eval mode, the checkpoint's state and its folder."""
     folder, state = find_checkpoint(path)
-    try:
-        cfg = Config(**state["config"])
-    except pydantic.ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise UserError(f"{folder / STATE}: its configuration is not one of this version ({reason})") from None
+    cfg = config_of(folder, state)
+    with torch.device("meta"):  # a stranger's sizes cost nothing until the file has shown to have them
+        expected = GPT(cfg).state_dict()
+    tensors = read_tensors(folder / MODEL, expected)
     model = GPT(cfg)
-    load_weights(folder, model)
-    return model.eval(), state | {"path": str(folder)}
+    model.load_state_dict(tensors)
+    return model.eval(), state, folder

@@ -42,11 +42,11 @@ class Config(BaseModel):
 
     # model
     encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
-    n_layer: PositiveInt = Field(12, description="transformer blocks")
+    n_layer: PositiveInt = Field(12, le=1000, description="transformer blocks")
     n_head: PositiveInt = Field(12, description="attention heads")
-    n_embd: PositiveInt = Field(768, description="model width, channels")
+    n_embd: PositiveInt = Field(768, le=65536, description="model width, channels")
     vocab_size: PositiveInt = Field(50304, le=65536, description="embedding rows, token ids with padding")
-    block_size: PositiveInt = Field(512, description="training length, tokens")
+    block_size: PositiveInt = Field(512, le=2**24, description="training length, tokens")
     rope_base: float = Field(10000.0, gt=1, description="base of RoPE's frequencies, also where CARoPE starts")
     sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
 
@@ -69,9 +69,25 @@ class Config(BaseModel):
     log_every: PositiveInt = Field(1, description="steps between records in log.jsonl")
     save_every: PositiveInt = Field(1000, description="steps between checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+    async_checkpoint: bool = Field(False, description="write checkpoints behind the back of the next steps")
     wandb: Literal["online", "offline", "disabled"] = Field("disabled", description="log to Weights & Biases")
     wandb_project: str = Field("carope", description="Weights & Biases project")
     tensorboard: bool = Field(False, description="log to TensorBoard, into the run folder")
+
+    # trouble
+    on_spike: Literal["off", "warn", "skip", "stop"] = Field(
+        "off", description="where loss or gradient norm jumps: say so, leave out the update, or stop before it"
+    )
+    spike_threshold: PositiveFloat = Field(
+        8.0, description="what a jump is: so many robust standard deviations (MAD) of the log above the median of 128 steps"
+    )
+    replay_step: int = Field(
+        -1, ge=-1, description="compute this step again, show each micro-step's loss and gradient, write nothing; -1 is off"
+    )
+    verify_data: Literal["quick", "full"] = Field(
+        "quick", description="check of the shards at the start; quick: sizes and headers, full: every token and sha256"
+    )
+    dist_timeout: PositiveFloat = Field(600.0, description="seconds without progress after which a run gives up a hung rank")
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Config":
@@ -100,6 +116,11 @@ class Config(BaseModel):
         return self
 
     @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out_dir) / self.name
+
+    @property
     def flops_per_token(self) -> int:
         """FLOPs per token of a forward and backward pass at the training length: 6 (12 L C² + V C) + 12 L C T."""
         per_token = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
@@ -109,7 +130,8 @@ class Config(BaseModel):
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
 FREE_ON_RESUME = {
     "name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens",
-    "log_every", "save_every", "keep_checkpoints", "wandb", "wandb_project", "tensorboard",
+    "log_every", "save_every", "keep_checkpoints", "async_checkpoint", "wandb", "wandb_project", "tensorboard", "on_spike",
+    "spike_threshold", "replay_step", "verify_data", "dist_timeout",
 }  # fmt: skip
 
 

@@ -4,16 +4,33 @@ Step s trains on tokens [s·N, (s+1)·N) of the concatenated training shards, N 
 Ranks and micro-steps only slice that range, so the loss curve depends on neither, and any step can be replayed.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from config import grad_accum
 from errors import UserError
+from files import sha256_file
 from shards import find_shards, open_shard, read_manifest
+
+VERIFY_TOKENS = 1 << 24  # looked through at a time
+
+
+class ShardRecord(BaseModel):
+    """A shard as a run saw it. While size and time of change stay the same its sha256 is not computed again."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    file: str
+    tokens: NonNegativeInt
+    sha256: str
+    mtime_ns: int
 
 
 class TokenStream:
@@ -40,6 +57,12 @@ class TokenStream:
         """Name of the tokenizer that made the shards; GPT-2's where no manifest says."""
         return self.manifest["tokenizer"] if self.manifest else "gpt2"
 
+    def locate(self, start: int) -> str:
+        """Where token `start` of the stream lies, in words: the shard and the token in it."""
+        start %= len(self)
+        index = int(np.searchsorted(self.ends, start, side="right"))
+        return f"{self.paths[index]}, token {start - int(self.ends[index]) + len(self.shards[index])}"
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start+count−1, (count,) uint16; positions are taken modulo the length of the stream."""
         parts, need, start = [], count, start % len(self)
@@ -49,12 +72,37 @@ class TokenStream:
             offset = start - int(self.ends[index]) + len(shard)
             part = shard[offset : offset + need]
             if part.max() >= self.vocab_size:
-                where = offset + int(part.argmax())
-                raise UserError(f"{self.paths[index]}: token {where} is {part.max()}, beyond vocab_size = {self.vocab_size}")
+                self._refuse_id(self.paths[index], offset + int(part.argmax()), int(part.max()))
             parts.append(part)
             need -= len(part)
             start = (start + len(part)) % len(self)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def records(self) -> list[ShardRecord]:
+        """What the shards are known by; the sha256 is the manifest's, or computed where there is none."""
+        listed = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]} if self.manifest else {}
+        with ThreadPoolExecutor() as pool:
+            sums = pool.map(lambda path: listed.get(path.name) or sha256_file(path), self.paths)
+            return [
+                ShardRecord(file=path.name, tokens=len(shard), sha256=sha256, mtime_ns=path.stat().st_mtime_ns)
+                for path, shard, sha256 in zip(self.paths, self.shards, sums, strict=True)
+            ]
+
+    def verify(self) -> None:
+        """Read every token: ids below `vocab_size`, and the sha256 of the manifest. Raises UserError, naming the shard."""
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            for start in range(0, len(shard), VERIFY_TOKENS):
+                part = shard[start : start + VERIFY_TOKENS]
+                if part.max() >= self.vocab_size:
+                    self._refuse_id(path, start + int(part.argmax()), int(part.max()))
+        with ThreadPoolExecutor() as pool:
+            sums = list(pool.map(sha256_file, self.paths))
+        for record, path, sha256 in zip(self.records(), self.paths, sums, strict=True):
+            if record.sha256 != sha256:
+                raise UserError(f"{path}: its sha256 is not the manifest's; the file was changed, prepare the data again")
+
+    def _refuse_id(self, path: Path, where: int, token: int) -> None:
+        raise UserError(f"{path}: token {where} is {token}, beyond vocab_size = {self.vocab_size}", alone=True)
 
     def _check_manifest(self, split: str, manifest: dict[str, Any]) -> None:
         listed = {s["file"]: s["tokens"] for s in manifest["shards"] if s["split"] == split}
@@ -85,9 +133,37 @@ class Batches:
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, Tensor]:
         step, micro = index
+        self.dist.at(f"step {step}, micro-step {micro}: reading the batch")
         n_tokens = self.cfg.micro_batch * self.cfg.block_size
-        start = step * self.cfg.tokens_per_step + (micro * self.dist.world_size + self.dist.rank) * n_tokens
-        return to_batch(self.stream.read(start, n_tokens + 1), self.cfg.block_size, self.dist.device)
+        batch = to_batch(self.stream.read(self.start(step, micro), n_tokens + 1), self.cfg.block_size, self.dist.device)
+        self.dist.at(f"step {step}, micro-step {micro}: computing")
+        return batch
+
+    def start(self, step: int, micro: int) -> int:
+        """The batch's first token in the stream."""
+        row = (micro * self.dist.world_size + self.dist.rank) * self.cfg.micro_batch
+        return step * self.cfg.tokens_per_step + row * self.cfg.block_size
+
+
+def check_unchanged(before: Sequence[ShardRecord], streams: Sequence[TokenStream]) -> list[ShardRecord]:
+    """`before` as of now. Raises UserError where a shard is not the one a run began with.
+
+    A shard of another time of change is read: its sha256 decides.
+    """
+    shards = {path.name: (path, len(shard)) for s in streams for path, shard in zip(s.paths, s.shards, strict=True)}
+    way_out = "a run ends on the data it began with; restore the file, or start a run of another --name"
+    now = []
+    for old in before:
+        path, tokens = shards.pop(old.file, (streams[0].folder / old.file, None))
+        if tokens != old.tokens:
+            raise UserError(f"{path}: {tokens or 'no'} tokens, the run began with {old.tokens}; {way_out}")
+        mtime_ns = path.stat().st_mtime_ns
+        if mtime_ns != old.mtime_ns and sha256_file(path) != old.sha256:
+            raise UserError(f"{path}: was changed since the run began, its sha256 is another; {way_out}")
+        now.append(old.model_copy(update={"mtime_ns": mtime_ns}))
+    if shards:
+        raise UserError(f"{streams[0].folder / min(shards)}: was not there when the run began; {way_out}")
+    return now
 
 
 def to_batch(tokens: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,10 @@ One process is world size 1; under torchrun the process group is NCCL on GPUs an
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from errors import EXIT_LOST_RANK, UserError
+from watchdog import Watchdog, follow_parent
 
 # Dense bf16 TFLOP/s by vendor data sheet; the first name found in the device's name counts
 PEAK_TFLOPS = {
@@ -31,13 +35,16 @@ class Distributed:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_main = self.rank == 0
+        self._watchdog: Watchdog | None = None
+        self._place = "start"
 
     @classmethod
-    def start(cls, device: str = "auto", dtype: str = "auto") -> "Distributed":
+    def start(cls, device: str = "auto", dtype: str = "auto", timeout: float = 600.0) -> "Distributed":
         """Join the process group, where torchrun started this process.
 
-        Raises UserError for a device that is not there.
+        `timeout` is the longest in seconds that a rank waits for another. Raises UserError for a device that is not there.
         """
+        follow_parent()
         chosen = pick_device(device)
         self = cls(chosen, pick_dtype(dtype, chosen))
         on_gpu = chosen.type == "cuda"
@@ -46,13 +53,49 @@ class Distributed:
             # No TF32: under bf16 autocast the one matmul left in fp32 is CARoPE's W, whose digits add up along the phases
             torch.set_float32_matmul_precision("highest")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+            backstop = timedelta(seconds=timeout + 30)  # the watchdog comes first, it knows which rank is late
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=backstop, device_id=chosen if on_gpu else None)
+            self._watchdog = Watchdog(self.rank, self.world_size, timeout)
         return self
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
+    def __enter__(self) -> "Distributed":
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Leave the process group; where an exchange failed because a rank is gone, with a line that names the rank."""
+        if self._watchdog and isinstance(error, RuntimeError):
+            self._explain(error)
+        if self._watchdog:
+            self._watchdog.close()
+        if dist.is_initialized() and error is None:  # else the others may not come along; the process ends anyway
             dist.destroy_process_group()
+
+    def _explain(self, error: RuntimeError) -> None:
+        assert self._watchdog
+        lost = self._watchdog.lost()
+        if lost is None:
+            return
+        if self._watchdog.is_first_to_say(lost):
+            reason = str(error).strip().splitlines()[-1]
+            print(f"error: {lost}; the same command goes on from the last checkpoint ({reason})", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_LOST_RANK)
+
+    def at(self, place: str) -> None:
+        """Tell the watchdog, and through it the other ranks, how far this one is; all ranks pass the same places."""
+        self._place = place
+        if self._watchdog:
+            self._watchdog.at(place)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError on one rank is raised on all, so that none is left waiting; every rank must come here."""
+        mine = None
+        try:
+            yield
+        except UserError as error:
+            mine = str(error)
+        if first := next(filter(None, self.gather(mine)), None):
+            raise UserError(first)
 
     def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
         """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
@@ -75,6 +118,8 @@ class Distributed:
     def sum_(self, x: Tensor) -> Tensor:
         """Sum of `x` over ranks, in place."""
         if dist.is_initialized():
+            if self._watchdog:
+                self._watchdog.at(f"{self._place}: waiting for the other ranks")
             dist.all_reduce(x)
         return x
 
@@ -87,6 +132,14 @@ class Distributed:
         if not dist.is_initialized():
             return flag
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` (anything picklable) of every rank, on every rank."""
+        if not dist.is_initialized():
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` (anything picklable) on every rank."""

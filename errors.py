@@ -6,17 +6,22 @@ import sys
 from collections.abc import Callable
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
+EXIT_LOST_RANK = 71  # EX_OSERR: another rank died or hangs; the same command goes on from the last checkpoint
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what, where, the limit and the way out."""
+    """Something the user can put right; the message says what, where, the limit and the way out.
+
+    Every rank meets the same one, and local rank 0 says it; `alone` where only this rank does.
+    """
+
+    def __init__(self, message: str, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130.
-
-    Under torchrun every rank meets the same mistake; only local rank 0 says it.
-    """
+    """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -24,7 +29,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
         try:
             code = main()
         except UserError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             code = 2
         except KeyboardInterrupt:

@@ -11,7 +11,7 @@ once, whatever T is. Perplexity is exp of the mean of their negative log-likelih
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,25 +68,40 @@ class Evaluation:
 
 
 def evaluate(
-    net: nn.Module, stream: TokenStream, length: int, batch: int, dist: Distributed, max_tokens: int = 0, progress: bool = False
+    net: nn.Module,
+    stream: TokenStream,
+    length: int,
+    batch: int,
+    dist: Distributed,
+    max_tokens: int = 0,
+    progress: bool = False,
+    before_each: Callable[[], object] | None = None,
 ) -> Evaluation:
     """Evaluate `net` in windows of `length`, `batch` windows at a time, sharded over ranks; every rank must call it.
 
-    `max_tokens` limits the targets to the first so many; 0 is all of the stream.
+    `max_tokens` limits the targets to the first so many; 0 is all of the stream. `before_each` is called before each batch,
+    the same number of times on every rank; what it raises ends the evaluation.
     """
     local, eager = local_and_eager(net)  # odd-shaped batches go to the eager model: compiling for them does not pay
     n_tokens = min(len(stream) - 1, max_tokens or len(stream))
     n_windows = math.ceil(n_tokens / length)
-    chunks = list(_chunks(n_tokens, length, batch))[dist.rank :: dist.world_size]
+    chunks = list(_chunks(n_tokens, length, batch))
+    rounds = [chunks[i : i + dist.world_size] for i in range(0, len(chunks), dist.world_size)]
     sums_W = torch.zeros(n_windows, dtype=torch.float64, device=dist.device)
     training = eager.training
     eager.eval()
-    with torch.no_grad(), dist.autocast():
-        for first, count, width in tqdm(chunks, unit="batch", leave=False, disable=None if progress else True):
-            x_BT, y_BT = to_batch(stream.read(first * length, count * width + 1), width, dist.device)
-            model = local if (count, width) == (batch, length) else eager
-            sums_W[first : first + count] = model(x_BT, y_BT, reduction="none").double().sum(1)
-    eager.train(training)
+    try:
+        with torch.no_grad(), dist.autocast():
+            for done, at_once in enumerate(tqdm(rounds, unit="batch", leave=False, disable=None if progress else True)):
+                dist.at(f"evaluation, batch {done} of {len(rounds)}")
+                if before_each:
+                    before_each()
+                for first, count, width in at_once[dist.rank : dist.rank + 1]:  # the last round may have none for this rank
+                    x_BT, y_BT = to_batch(stream.read(first * length, count * width + 1), width, dist.device)
+                    model = local if (count, width) == (batch, length) else eager
+                    sums_W[first : first + count] = model(x_BT, y_BT, reduction="none").double().sum(1)
+    finally:
+        eager.train(training)
     dist.sum_(sums_W)
     sizes_W = torch.full_like(sums_W, length)
     sizes_W[-1] = n_tokens - (n_windows - 1) * length
@@ -119,18 +134,18 @@ def evaluate_run(
 
     What is not given is as the run had it (`data`, `dtype`) or fits into memory (`batch`).
     """
-    model, state = load_model(path)
+    model, state, folder = load_model(path)
     dist.dtype = pick_dtype(dtype or model.cfg.dtype, dist.device)
     model.to(dist.device)
     stream = TokenStream(data or model.cfg.data, "val", model.cfg.vocab_size)
-    if stream.tokenizer != state["tokenizer"]:
-        raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state['tokenizer']!r}")
+    if stream.tokenizer != state.tokenizer:
+        raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state.tokenizer!r}")
     results = []
     for length in lengths:
         result = {
             "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
-            "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state["step"],
-            "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": state["path"],
+            "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state.step,
+            "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": str(folder),
             "max_tokens": max_tokens,
         }  # fmt: skip
         if model.max_len is None or length <= model.max_len:
@@ -175,18 +190,17 @@ def main() -> None:
     ):
         if min(values) < smallest:
             raise UserError(f"--{flag} = {min(values)}: must be at least {smallest}")
-    dist = Distributed.start(args.device, args.dtype or "auto")
-    results: list[dict[str, Any]] = []
-    for path in args.runs:
-        options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
-        results += evaluate_run(path, args.lengths, dist, **options)
-        if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
-            write_json(Path(args.json), results)
-    if dist.is_main:
-        print(render(results))
-        tokens = max((r["tokens"] or 0 for r in results), default=0)
-        print(f"perplexity ± standard error over windows, {tokens:,} tokens, {results[0]['dtype']} on {dist.device.type}")
-    dist.close()
+    with Distributed.start(args.device, args.dtype or "auto") as dist:
+        results: list[dict[str, Any]] = []
+        for path in args.runs:
+            options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
+            results += evaluate_run(path, args.lengths, dist, **options)
+            if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
+                write_json(Path(args.json), results)
+        if dist.is_main:
+            print(render(results))
+            tokens = max((r["tokens"] or 0 for r in results), default=0)
+            print(f"perplexity ± standard error over windows, {tokens:,} tokens, {results[0]['dtype']} on {dist.device.type}")
 
 
 if __name__ == "__main__":

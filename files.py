@@ -6,6 +6,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -57,22 +58,29 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Make `folder` and keep other processes out of it; on leaving, a folder that was made and stayed empty goes away.
 
     The lock is the kernel's (flock): it ends with its owner, however that ends. The file says who the owner is.
-    Raises UserError, naming the owner, where another process holds it.
+    Raises UserError, naming the owner, where another process holds it for `patience` seconds more, or for a folder that cannot
+    be made.
     """
     import fcntl  # there is none on Windows
 
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
+    path, deadline = folder / LOCK, time.monotonic() + patience
     while True:
         with open(path, "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
                 raise UserError(
                     f"{folder}: {_owner(path)} is at work there; wait for it or stop it, or choose another folder"
                 ) from None

@@ -4,6 +4,7 @@ Shapes: B batch, T new positions, S cached and new positions, C width, H heads, 
 """
 
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,19 @@ class KVCache:
         keeps_all = type(encoding).bias is not PositionalEncoding.bias
         every = torch.cat((held, new), dim=-2) if keeps_all and held is not None else new
         self.coords[layer] = every if keeps_all else new[..., -1:, :]
+        return new, every
+
+
+class _Coordinates(KVCache):
+    """A cache that also notes every encoding with the coordinates it gave, in the order of the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[PositionalEncoding, Tensor | None]] = []
+
+    def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
+        new, every = super().locate(layer, encoding, x_BTC, pos_T)
+        self.seen.append((encoding, new))
         return new, every
 
 
@@ -209,6 +223,21 @@ class GPT(nn.Module):
             return logits_BTV
         loss = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
         return loss if reduction == "mean" else loss.view(B, T)
+
+    @torch.no_grad()
+    def health(self, idx_BT: Tensor) -> tuple[dict[str, float], str | None]:
+        """What the encodings measure of themselves on `idx_BT`, over layers with one of their own, and what is wrong, if it is.
+
+        Over layers a …_min is their least, a …_max their greatest, anything else their mean.
+        """
+        cache = _Coordinates()
+        self(idx_BT, cache=cache)
+        found = [encoding.health(coords) for encoding, coords in cache.seen if coords is not None]
+        over = {"min": min, "max": max}
+        merged = {}
+        for key in found[0] if found else ():
+            merged[key] = over.get(key.split("_")[-1], statistics.fmean)([one[key] for one in found])
+        return merged, next(filter(None, map(self.encodings[0].complaint, found)), None)
 
     @torch.no_grad()
     def generate(

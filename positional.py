@@ -60,6 +60,14 @@ class PositionalEncoding(nn.Module):
         """Added to the attention logits, (B or 1, H, T, S), or None. Overriding it makes the cache keep all coords."""
         return None
 
+    def health(self, coords: Tensor) -> dict[str, float]:
+        """Figures for the log that tell whether the encoding is at work, from the coordinates of T tokens from the first on."""
+        return {}
+
+    def complaint(self, health: dict[str, float]) -> str | None:
+        """In words, what is wrong after the warm-up with an encoding of this `health`; None where nothing is."""
+        return None
+
 
 class Learned(PositionalEncoding):
     """A learned table of absolute positions, as GPT-2 has (Radford et al. 2019)."""
@@ -125,6 +133,9 @@ class RoPE(PositionalEncoding):
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(u_BHTD.dtype)
 
 
+COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
+
+
 class CARoPE(RoPE):
     """Context-aware RoPE (2507.23083, section 2): the base θ_1 becomes a bounded scalar per token and head.
 
@@ -153,6 +164,28 @@ class CARoPE(RoPE):
         step_BHTF = self.frequency(x_BTC)[..., None] ** torch.arange(self.n_pairs, device=x_BTC.device)
         # Sums over a cache go on token by token for as long as one decodes: in float64 they do not drift
         return step_BHTF.cumsum(-2) if last is None else last + step_BHTF.cumsum(-2, dtype=last.dtype)
+
+    def health(self, coords: Tensor) -> dict[str, float]:
+        """f's mean and standard deviation over tokens (mean and least over heads), and φ_1 at the last token, radians."""
+        if self.n_pairs == 1:  # its one pair turns by f⁰ = 1
+            return {}
+        f_BHT, phase_BH = coords[..., 1].diff(dim=-1), coords[..., -1, 1]
+        std_H = f_BHT.transpose(0, 1).flatten(1).std(1, correction=0)
+        return {
+            "f_mean": f_BHT.mean().item(),
+            "f_std": std_H.mean().item(),
+            "f_std_min": std_H.min().item(),
+            "phase_min": phase_BH.min().item(),
+            "phase_max": phase_BH.max().item(),
+        }
+
+    def complaint(self, health: dict[str, float]) -> str | None:
+        if health and health["phase_max"] < 1:
+            return f"f has collapsed to {health['f_mean']:.2g}: φ_1 grows by {health['phase_max']:.2g} radians at most"
+        if health and health["f_std"] < COLLAPSED * health["f_mean"]:
+            spread = f"{health['f_std']:.2g} at a mean of {health['f_mean']:.2g}"
+            return f"f has collapsed: over tokens its standard deviation is {spread}; one angle for all is RoPE of another base"
+        return None
 
 
 class CARoPEHidden(CARoPE):

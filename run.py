@@ -4,75 +4,114 @@ runs/NAME/ holds config.toml, env.json (one entry per start), log.jsonl (one obj
 """
 
 import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.optim import Optimizer
 
 from checkpoint import (
-    list_checkpoints,
+    CheckpointWriter,
+    State,
+    check_space,
     load_optimizer,
     load_weights,
     newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
     set_aside_newer,
 )
 from config import FREE_ON_RESUME, Config, to_toml
-from data import TokenStream
+from data import TokenStream, check_unchanged
 from distributed import Distributed
 from errors import EXIT_REQUEUE, UserError
-from files import atomic_write, write_json
+from files import atomic_write, locked, write_json
+from guard import Guard
 from model import GPT
 from provenance import environment, git_version
-from trackers import Progress, make_trackers
+from trackers import Progress, Tracker, make_trackers
+
+LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns with the last
+
+
+class Leaving(Exception):
+    """A signal asks the run to save and leave."""
 
 
 class Run:
-    """What a run leaves behind. Every rank holds one, only rank 0 writes."""
+    """What a run leaves behind. Every rank holds one, only rank 0 writes. A context: leaving it closes everything."""
 
     def __init__(self, cfg: Config, dist: Distributed) -> None:
-        self.cfg, self.dist = cfg, dist
-        self.folder = Path(cfg.out_dir) / cfg.name
+        self.cfg, self.dist, self.folder = cfg, dist, cfg.folder
         self.stopping = False
         self._signal: int | None = None
+        self._error: str | None = None  # of rank 0's files; the others learn of it at the next step
+        self._open_things = ExitStack()
+        self._writer = CheckpointWriter(cfg.folder, cfg.keep_checkpoints, cfg.async_checkpoint)
         self._log_file: Any = None
+        self._trackers: list[Tracker] = []
+        self._tracked: set[tuple[int, bool]] = set()
         self._val_loss: float | None = None
+        self._val_step: int | None = None
         self._start, self._clock, self._steps_timed = 0, time.perf_counter(), 0
-        self._saved = 0
+        self._saved: tuple[int, int | None] = (0, None)  # step, val_step
 
-    def resume(self, model: GPT, optimizer: Optimizer, data: TokenStream) -> int:
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open_things.close()
+
+    def resume(self, model: GPT, optimizer: Optimizer, guard: Guard, streams: Sequence[TokenStream]) -> int:
         """Load the newest valid checkpoint, if any; returns the step to go on from, 0 for a fresh run.
 
-        Raises UserError where the run in this folder was started with another configuration or other data.
+        `streams` are the training and the validation data. Raises UserError, on all ranks, where another process is at work in
+        the folder, where its run has another configuration or other data, where the data is damaged or the disk too full.
         """
-        self._identity = {"tokenizer": data.tokenizer, "train_tokens": len(data)}
-        found = self.dist.from_main(newest_checkpoint(self.folder) if self.dist.is_main else None)
-        state: dict[str, Any] = {"step": 0, "log_bytes": 0}
-        if found:
-            path, state = found
-            check_same(state, self.cfg, self._identity)
-            load_weights(path, model)
-            load_optimizer(path, optimizer)
-            self._val_loss = state["val_loss"]
-        self._start = state["step"]
-        if self.dist.is_main and not self.finished:
+        self._guard = guard
+        with self.dist.together():
+            found = self._find() if self.dist.is_main else None
+            data: dict[str, Any] = {"tokenizer": streams[0].tokenizer, "train_tokens": len(streams[0])}
+            if self.dist.is_main and self.cfg.verify_data == "full":
+                for stream in streams:
+                    stream.verify()
+            if self.dist.is_main and found:
+                check_same(found[1], self.cfg, data)
+                self._shards = check_unchanged(found[1].shards, streams)
+            elif self.dist.is_main:
+                self._shards = [record for stream in streams for record in stream.records()]
+        self._data = data
+        torch.manual_seed(self.cfg.seed)
+        found = self.dist.from_main(found)
+        with self.dist.together():
             if found:
-                set_aside_newer(self.folder, path)
-            self._open(state["log_bytes"], model)
+                self._load(found, model, optimizer)
+            if self.dist.is_main and not self.finished:
+                self._open(found, model)
         return self._start
+
+    def _find(self) -> tuple[Path, State] | None:
+        self._open_things.enter_context(locked(self.folder, LOCK_PATIENCE_S))
+        self._open_things.callback(self._writer.close)
+        return newest_checkpoint(self.folder)
+
+    def _load(self, found: tuple[Path, State], model: GPT, optimizer: Optimizer) -> None:
+        path, state = found
+        load_weights(path, model)
+        load_optimizer(path, model, optimizer)
+        self._guard.restore(state.guard)
+        self._start, self._val_loss, self._val_step = state.step, state.val_loss, state.val_step
+        self._saved = (state.step, state.val_step)
 
     @property
     def finished(self) -> bool:
-        """Whether the run had reached its last step when it was resumed."""
-        return self._start == self.cfg.steps
+        """Whether the last step is taken and validated."""
+        return self._saved == (self.cfg.steps, self.cfg.steps)
 
     def steps(self, start: int) -> Iterator[int]:
         """`start` … cfg.steps, one more than there are updates: the last pass only evaluates and saves."""
@@ -81,63 +120,67 @@ class Run:
                 print(f"{self.folder}: finished at step {start} already, nothing to do")
             return
         self._bar = Progress(self.cfg, start, self.dist.is_main)
+        self._open_things.callback(self._bar.close)
+        for number in SIGNALS:
+            self._open_things.callback(signal.signal, number, signal.signal(number, self._on_signal))
         self._restart_clock()
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            for step in range(start, self.cfg.steps + 1):
-                yield step
-                self._bar.update()
-        finally:  # an error on the way gives them back, too
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        for step in range(start, self.cfg.steps + 1):
+            yield step
+            self._bar.update()
 
     def eval_due(self, step: int) -> bool:
         """Every eval_every steps and at the end, but not where the resumed log has it already."""
-        due = step % self.cfg.eval_every == 0 or step == self.cfg.steps
-        return due and (step > self._start or step == 0)
+        return (step % self.cfg.eval_every == 0 or step == self.cfg.steps) and step != self._val_step
+
+    def leave_if_asked(self) -> None:
+        """Raise Leaving on all ranks where one was sent a signal, out of an evaluation, say. All ranks must ask."""
+        if self.dist.any(self._signal is not None):
+            raise Leaving
 
     def save_due(self, step: int) -> bool:
-        """Every save_every steps, at the end, and when any rank was asked to leave. All ranks must ask."""
-        self.stopping = self.dist.any(self._signal is not None)
+        """Every save_every steps, at the end, and when any rank was asked to leave. All ranks must ask.
+
+        Raises UserError on all ranks where rank 0 could not write its files.
+        """
+        self.stopping = self.dist.any(self._signal is not None or self._error is not None or self._writer.failed)
+        if self.stopping:
+            with self.dist.together():
+                if self._error:
+                    raise UserError(self._error)
+                if self._writer.failed:
+                    self._writer.wait()
         due = step % self.cfg.save_every == 0 or step == self.cfg.steps or self.stopping
-        return due and step > self._start
+        return due and step > 0 and (step, self._val_step) != self._saved
 
     def save(self, step: int, model: GPT, optimizer: Optimizer) -> None:
-        """Write a checkpoint; only when it is safe are old ones deleted."""
-        if self.dist.is_main:
-            state = {
-                "tokens": step * self.cfg.tokens_per_step,
-                "config": self.cfg.model_dump(),
-                **self._identity,
-                "val_loss": self._val_loss,
-                "log_bytes": self._log_file.tell(),
-                "git": git_version(),
-            }
-            try:
-                save_checkpoint(self.folder, step, model, optimizer, state)
-            except OSError as error:
-                raise UserError(
-                    f"{self.folder}: checkpoint of step {step} not written ({error}); older ones are whole"
-                ) from None
-            prune_checkpoints(self.folder, self.cfg.keep_checkpoints)
-        self.dist.barrier()
-        self._saved = step
+        """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError on all ranks where it fails."""
+        self.dist.at(f"step {step}: saving")
+        with self.dist.together():
+            if self.dist.is_main:
+                os.fsync(self._log_file)
+                state = State(
+                    step=step,
+                    tokens=step * self.cfg.tokens_per_step,
+                    config=self.cfg.model_dump(),
+                    **self._data,
+                    shards=self._shards,
+                    val_loss=self._val_loss,
+                    val_step=self._val_step,
+                    log_bytes=self._log_file.tell(),
+                    guard=self._guard.history,
+                    git=git_version(),
+                )
+                self._writer.save(model, optimizer, state)
+                if self.stopping or step == self.cfg.steps:
+                    self._writer.wait()
+        self._saved = (step, self._val_step)
         self._restart_clock()
-
-    def guard(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Stop every rank before NaN or infinity reaches the weights. Both values are means over ranks."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            kept = [path.name for path in list_checkpoints(self.folder)[-1:]]
-            raise UserError(
-                f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; stopped before the update, "
-                f"the last checkpoint is {kept[0] if kept else 'none yet'}; a lower --lr (now {self.cfg.lr}) may help"
-            )
 
     def log(self, step: int, **values: float) -> None:
         """Append a record: `values` and what they cost. Validation records are those with a val_loss."""
         validation = "val_loss" in values
         if validation:
-            self._val_loss = values["val_loss"]
+            self._val_loss, self._val_step = values["val_loss"], step
         else:
             self._steps_timed += 1
             if step % self.cfg.log_every:
@@ -146,25 +189,29 @@ class Run:
             record: dict[str, Any] = {"step": step, "tokens": step * self.cfg.tokens_per_step, **values}
             if not validation:
                 record |= self._cost()
-            self._log_file.write(json.dumps(record).encode() + b"\n")
-            self._log_file.flush()
-            for tracker in self._trackers:
-                tracker.log(record)
+            self._write(record)
+            if (step, validation) not in self._tracked:
+                for tracker in self._trackers:
+                    tracker.log(record)
             self._bar.show(record)
         self._restart_clock()
 
-    def close(self) -> int:
-        """Exit code of the run: 0 when it is finished, EXIT_REQUEUE when a signal ended it early."""
-        early = self.stopping and self._saved < self.cfg.steps
-        if self.dist.is_main and self._log_file:
-            self._bar.close()
-            self._log_file.close()
-            for tracker in self._trackers:
-                tracker.close()
-            if early:
-                saved = f"saved at step {self._saved}" if self._saved else "nothing new to save"
-                print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
-        return EXIT_REQUEUE if early else 0
+    def warn(self, step: int, text: str | None) -> None:
+        """Say `text`, if there is one."""
+        if text and self.dist.is_main:
+            print(f"warning: step {step}: {text}", file=sys.stderr)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the run is finished, EXIT_REQUEUE when a signal ended it early."""
+        return 0 if self.finished else EXIT_REQUEUE
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            self._log_file.write(json.dumps(record).encode() + b"\n")
+            self._log_file.flush()
+        except OSError as error:
+            self._error = f"{self._log_file.name}: not written ({error.strerror}); the last checkpoint is whole"
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = number
@@ -181,22 +228,27 @@ class Run:
         mfu = rate * self.cfg.flops_per_token / (peak * self.dist.world_size) if peak else None
         return {"tokens_per_second": round(rate, 1), "mfu": mfu, "peak_memory_bytes": self.dist.peak_memory()}
 
-    def _open(self, log_bytes: int, model: GPT) -> None:
+    def _open(self, found: tuple[Path, State] | None, model: GPT) -> None:
         """Describe this start, on the terminal too, and open the log, cut to what the checkpoint had seen."""
-        env, log = self.folder / "env.json", self.folder / "log.jsonl"
+        check_space(self.folder, model, self.cfg.keep_checkpoints)
+        log, log_bytes = self.folder / "log.jsonl", found[1].log_bytes if found else 0
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            starts = json.loads(env.read_text()) if self._start and env.exists() else []
+            if found:
+                set_aside_newer(self.folder, found[0])
             this_start = environment(self.dist, self._start) | {"n_params": model.n_params()}
-            write_json(env, [*starts, this_start])
+            write_json(self.folder / "env.json", [*self._earlier_starts(), this_start])
             with atomic_write(self.folder / "config.toml", "w") as file:
                 file.write(to_toml(self.cfg))
             if log.exists():
+                self._tracked = records_after(log.read_bytes()[log_bytes:])
                 os.truncate(log, min(log_bytes, log.stat().st_size))
-            self._log_file = open(log, "ab")  # noqa: SIM115
+            self._log_file = self._open_things.enter_context(open(log, "ab"))  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); --out_dir says where runs go") from None
         self._trackers = make_trackers(self.cfg, self.folder)
+        for tracker in self._trackers:
+            self._open_things.callback(tracker.close)
+        self._open_things.callback(self._farewell)
         n = this_start["n_params"]
         print(
             f"{self.folder}: {self.cfg.encoding}, {n['total']:,} parameters ({n['embedding']:,} of the embedding and head, "
@@ -205,12 +257,35 @@ class Run:
             file=sys.stderr,
         )
 
+    def _earlier_starts(self) -> list[Any]:
+        try:
+            starts = json.loads((self.folder / "env.json").read_text()) if self._start else []
+        except (OSError, ValueError):
+            return []
+        return starts if isinstance(starts, list) else []
 
-def check_same(state: dict[str, Any], cfg: Config, data: dict[str, Any]) -> None:
+    def _farewell(self) -> None:
+        if self.stopping and not self.finished and not self._error:
+            saved = f"saved at step {self._saved[0]}" if self._saved[0] else "nothing new to save"
+            print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
+
+
+def records_after(text: bytes) -> set[tuple[int, bool]]:
+    """(step, whether of validation) of the whole records in `text`: a killed run's trackers have them already."""
+    found = set()
+    for line in text.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+            found.add((record["step"], "val_loss" in record))
+        except (ValueError, KeyError, TypeError):  # what a full disk or a power cut left of a record
+            continue
+    return found
+
+
+def check_same(state: State, cfg: Config, data: dict[str, Any]) -> None:
     """Raise UserError where the run of a checkpoint's `state` computes something else than `cfg` on `data` would."""
-    before, now = state["config"] | {key: state[key] for key in data}, cfg.model_dump() | data
+    before, now = state.config | {key: getattr(state, key) for key in data}, cfg.model_dump() | data
     differing = [key for key in now if key not in FREE_ON_RESUME and before.get(key, now[key]) != now[key]]
     if differing:
         what = ", ".join(f"{key} = {before[key]!r} (now {now[key]!r})" for key in differing)
-        folder = Path(cfg.out_dir) / cfg.name
-        raise UserError(f"{folder}: holds a run with {what}; give this one another --name or --out_dir, or the same values")
+        raise UserError(f"{cfg.folder}: holds a run with {what}; give this one another --name or --out_dir, or the same values")

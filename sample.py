@@ -96,9 +96,9 @@ def main() -> None:
     check(args)
     prompts = read_prompts(args)
     dist = Distributed.start(args.device, args.dtype)
-    model, state = load_model(args.run)
+    model, state, folder = load_model(args.run)
     model.to(dist.device)
-    tokenizer = load_tokenizer(state["tokenizer"])
+    tokenizer = load_tokenizer(state.tokenizer)
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise UserError(
             f"{args.run}: its {model.cfg.vocab_size} ids are fewer than the {tokenizer.n_vocab} of {tokenizer.name!r}, "
@@ -111,7 +111,7 @@ def main() -> None:
                 f"prompt of {len(ids)} tokens: encoding {model.cfg.encoding!r} has positions for {model.max_len} only"
             )
         for i in range(args.num_samples):
-            print(f"--- {state['path']}, seed {args.seed + i}\n{prompt}", end="", flush=True)
+            print(f"--- {folder}, seed {args.seed + i}\n{prompt}", end="", flush=True)
             with dist.autocast():
                 stream_sample(model, tokenizer, ids, args, args.seed + i, dist)
 

@@ -6,14 +6,16 @@ the order of their names, and usually a `manifest.json`.
 """
 
 import hashlib
-import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from errors import UserError
 from files import fsync_folder, sha256_file
@@ -21,6 +23,36 @@ from files import fsync_folder, sha256_file
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST = "manifest.json"
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+class ShardEntry(BaseModel):
+    """A shard as manifest.json lists it; its name cannot lead out of the folder."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    file: Annotated[str, pydantic.AfterValidator(_plain)]
+    split: Literal["train", "val"]
+    tokens: PositiveInt
+    documents: NonNegativeInt = 0
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What readers need of manifest.json; prepare_fineweb.py writes more into it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    tokenizer: str
+    n_vocab: PositiveInt
+    tokens: NonNegativeInt = 0
+    documents: NonNegativeInt = 0
+    shards: list[ShardEntry]
 
 
 def shard_header(n_tokens: int) -> bytes:
@@ -84,7 +116,11 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+            takes, free = HEADER_BYTES + 2 * self.capacity, shutil.disk_usage(self.path.parent).free
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror or error}); it takes {takes:,} bytes, {free:,} are free; "
+                "finished shards are whole, the same command goes on after them"
+            ) from None
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
@@ -157,14 +193,22 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """`manifest.json` of a finished data folder as a dict, or None where there is none."""
+    """`manifest.json` of a finished data folder as a dict, or None where there is none.
+
+    Raises UserError, naming what is wrong with it.
+    """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
-            raise ValueError("no list of shards in it")
+        return Manifest.model_validate_json(path.read_bytes()).model_dump()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable manifest ({error}); prepare the data again") from None
-    return manifest
+    except OSError as error:
+        raise UserError(f"{path}: unreadable manifest ({error.strerror}); prepare the data again") from None
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: unreadable manifest ({first_error(error)}); prepare the data again") from None
+
+
+def first_error(error: pydantic.ValidationError) -> str:
+    """The first thing that is wrong, on one line: where, and what."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg'].removeprefix('Value error, ')}"

@@ -22,6 +22,7 @@ from typing import Any
 from config import Config, load_config
 from errors import EXIT_REQUEUE, UserError, command
 from files import atomic_write, write_json
+from watchdog import PARENT
 
 HERE = Path(__file__).parent
 # Perplexity on 0.1B held-out tokens of FineWeb-Edu, Table 1 of arXiv 2507.23083
@@ -42,11 +43,8 @@ class Entry:
     variant: str
     cfg: Config
     step: int
+    finished: bool = False
     conflict: str | None = None  # why the run in its folder is another one
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.out_dir) / self.cfg.name
 
     @property
     def tokens_left(self) -> int:
@@ -56,7 +54,7 @@ class Entry:
     def status(self) -> str:
         if self.conflict:
             return "another run"
-        if self.step == self.cfg.steps:
+        if self.finished:
             return "finished"
         return f"at step {self.step:,}" if self.step else "missing"
 
@@ -83,7 +81,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         help="evaluation lengths, tokens [default: 512 1024]",
     )
     add("--max_tokens", "--max-tokens", type=int, default=0, help="evaluate the first so many tokens only [default: all]")
-    add("--nproc", type=int, default=0, help="processes on this node, under torchrun [default: one, without torchrun]")
+    add("--nproc", type=int, default=0, help="processes on this node [default: one, which uses one device]")
     add("--out", default=None, help="folder of table1.* [default: the runs' out_dir]")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     args, rest = parser.parse_known_args()
@@ -101,19 +99,19 @@ def plan(sizes: list[str], encodings: list[str], overrides: list[str]) -> list[E
     for size in sizes:
         for encoding in encodings:
             cfg = load_config([str(HERE / f"config/{size}.toml"), str(HERE / f"config/{encoding}.toml"), *overrides])
-            found = newest_checkpoint(Path(cfg.out_dir) / cfg.name)
+            found = newest_checkpoint(cfg.folder)
             try:
                 if found:
                     check_same(found[1], cfg, {})
-                entries.append(Entry(size, encoding, cfg, found[1]["step"] if found else 0))
+                entries.append(Entry(size, encoding, cfg, *((found[1].step, found[1].finished) if found else (0,))))
             except UserError as error:
-                entries.append(Entry(size, encoding, cfg, 0, str(error)))
+                entries.append(Entry(size, encoding, cfg, 0, conflict=str(error)))
     return entries
 
 
 def measured_rate(entry: Entry) -> float | None:
     """Median tokens/s in the log of the entry's run; None where it has none."""
-    log = entry.folder / "log.jsonl"
+    log = entry.cfg.folder / "log.jsonl"
     if entry.conflict or not log.exists():
         return None
     records = (json.loads(line) for line in log.read_text().splitlines())
@@ -145,10 +143,10 @@ def show_plan(entries: list[Entry]) -> None:
 
 
 def launch(script: str, arguments: list[str], nproc: int) -> None:
-    """Run one of our scripts, under torchrun where nproc > 0; signals go on to it, so that it saves and leaves."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))} if nproc else {}
-    child = subprocess.Popen([sys.executable, *torchrun, str(HERE / script), *arguments], env=threads | os.environ)
+    """Run one of our scripts, on nproc ranks where nproc > 0; signals go on to it, so that it saves and leaves."""
+    launcher = [str(HERE / "launch.py"), f"--nproc_per_node={nproc}"] if nproc else []
+    env = os.environ | {PARENT: str(os.getpid())}
+    child = subprocess.Popen([sys.executable, *launcher, str(HERE / script), *arguments], env=env)
     received: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
@@ -168,10 +166,10 @@ def launch(script: str, arguments: list[str], nproc: int) -> None:
 
 def train_and_evaluate(entry: Entry, args: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
     """Finish the run and its evaluation, where they are not; returns one result per length."""
-    if entry.step < entry.cfg.steps:
+    if not entry.finished:
         files = [str(HERE / f"config/{name}.toml") for name in (entry.size, entry.variant)]
         launch("train.py", [*files, *overrides], args.nproc)
-    path = entry.folder / "eval.json"
+    path = entry.cfg.folder / "eval.json"
     wanted = {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths}
     if not wanted <= {(r["length"], r["step"], r["max_tokens"]) for r in read_results(path)}:
         evaluate_entry(entry, args, path)
@@ -188,10 +186,12 @@ def evaluate_entry(entry: Entry, args: argparse.Namespace, path: Path) -> None:
 
     if args.nproc:
         words = ["--lengths", *map(str, args.lengths), "--max_tokens", str(args.max_tokens), "--json", str(path)]
-        launch("eval_ppl.py", [str(entry.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device], args.nproc)
+        launch(
+            "eval_ppl.py", [str(entry.cfg.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device], args.nproc
+        )
         return
-    dist = Distributed.start(entry.cfg.device)
-    results = evaluate_run(entry.folder, args.lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
+    with Distributed.start(entry.cfg.device) as dist:
+        results = evaluate_run(entry.cfg.folder, args.lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
     write_json(path, results)
     print(", ".join(f"{r['length']}: {r['perplexity']:.2f}" if r["perplexity"] else f"{r['length']}: –" for r in results))
 

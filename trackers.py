@@ -21,7 +21,7 @@ class Tracker(Protocol):
 
 
 def make_trackers(cfg: Config, folder: Path) -> list[Tracker]:
-    """Those that `cfg` switches on, for the run in `folder`."""
+    """Those that `cfg` switches on, for the run in `folder`. Each record must be logged once, whatever became of the run."""
     trackers: list[Tracker] = []
     if cfg.wandb != "disabled":
         trackers.append(WandB(cfg, folder))
@@ -46,11 +46,13 @@ class WandB:
                 project=cfg.wandb_project, name=cfg.name, id=id_file.read_text(), resume="allow", mode=cfg.wandb,
                 dir=str(folder), config=cfg.model_dump(),
             )  # fmt: skip
+            # Our step is a metric like others: wandb's own only grows, and drops what a continued run adds to its last step
+            self._run.define_metric("*", step_metric="step")
         except wandb.errors.Error as error:
             raise UserError(f"wandb = {cfg.wandb!r}: {error}; --wandb=offline needs no account") from None
 
     def log(self, record: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in record.items() if value is not None}, step=record["step"])
+        self._run.log({key: value for key, value in record.items() if value is not None})
 
     def close(self) -> None:
         self._run.finish()
@@ -70,6 +72,7 @@ class TensorBoard:
         for key, value in record.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, record["step"])
+        self._writer.flush()  # a killed run has logged what its log.jsonl says
 
     def close(self) -> None:
         self._writer.close()

@@ -6,7 +6,6 @@
 The same command, started again after an interruption, goes on from the newest checkpoint.
 """
 
-import math
 import sys
 
 from config import Config, load_config
@@ -18,43 +17,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from data import Batches, TokenStream
+from data import Batches, TokenStream, to_batch
 from distributed import Distributed
 from errors import command
 from eval_ppl import evaluate
+from guard import Guard
 from model import GPT
-from run import Run
+from optim import make_optimizer, set_lr
+from replay import Replay
+from run import Leaving, Run
 
 
 def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
-    dist = Distributed.start(cfg.device, cfg.dtype)
-    run = Run(cfg, dist)
-    batches = Batches(cfg, "train", dist)
-    val = TokenStream(cfg.data, "val", cfg.vocab_size)
-    model = GPT(cfg).to(dist.device)
-    optimizer = make_optimizer(model, cfg)
-    start = run.resume(model, optimizer, batches.stream)
-    net = dist.wrap(model, cfg)
+    run_type = Run if cfg.replay_step < 0 else Replay
+    with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, run_type(cfg, dist) as run:
+        with dist.together():
+            batches = Batches(cfg, "train", dist)
+            val = TokenStream(cfg.data, "val", cfg.vocab_size)
+        model = GPT(cfg).to(dist.device)
+        optimizer = make_optimizer(model, cfg)
+        guard = Guard(cfg, dist, model, batches)
+        start = run.resume(model, optimizer, guard, [batches.stream, val])
+        net = dist.wrap(model, cfg)
 
-    for step in run.steps(start):  # one more than there are updates: the last pass evaluates and saves
-        if run.eval_due(step):
-            run.log(step, **validate(net, val, cfg, dist, last=step == cfg.steps))
-        if run.save_due(step):
-            run.save(step, model, optimizer)
-        if run.stopping or step == cfg.steps:
-            break
-        lr = set_lr(optimizer, step, cfg)
-        loss = forward_backward(net, batches, step, dist)
-        norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        run.guard(step, loss, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        run.log(step, loss=loss.item(), lr=lr, grad_norm=norm.item())
-
-    code = run.close()
-    dist.close()
-    return code
+        for step in run.steps(start):  # one more than there are updates: the last pass evaluates and saves
+            if run.eval_due(step):
+                validate(net, model, val, step, run)
+            if run.save_due(step):
+                run.save(step, model, optimizer)
+            if run.stopping or step == cfg.steps:
+                break
+            lr = set_lr(optimizer, step, cfg)
+            loss = forward_backward(net, batches, step, dist)
+            norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            if guard.passes(step, loss, norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.log(step, loss=loss.item(), lr=lr, grad_norm=norm.item())
+    return run.exit_code
 
 
 def forward_backward(net: nn.Module, batches: Batches, step: int, dist: Distributed) -> Tensor:
@@ -70,35 +71,23 @@ def forward_backward(net: nn.Module, batches: Batches, step: int, dist: Distribu
     return dist.mean_(total)
 
 
-def validate(net: nn.Module, val: TokenStream, cfg: Config, dist: Distributed, last: bool) -> dict[str, float]:
-    """Loss and perplexity on the first eval_tokens of the evaluation set, the same for every run; on all of it at the end."""
-    n_tokens = cfg.final_eval_tokens if last else cfg.eval_tokens
-    found = evaluate(net, val, cfg.block_size, cfg.micro_batch, dist, n_tokens, progress=dist.is_main)
-    return {"val_loss": found.nll, "val_perplexity": found.perplexity, "val_tokens": found.tokens}
+def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) -> None:
+    """Log loss and perplexity on the first eval_tokens of the evaluation set, the same for every run; on all of it at the end.
 
-
-def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW; weight decay on tensors of two or more dimensions only. Every parameter is in exactly one group."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up to cfg.lr over warmup_steps, then a cosine to cfg.min_lr at cfg.steps."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.lr - cfg.min_lr)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, step: int, cfg: Config) -> float:
-    """Give every group the learning rate of `step`; returns it."""
-    lr = learning_rate(step, cfg)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+    Asked to leave, it does without: the continued run makes up for it.
+    """
+    cfg, dist = run.cfg, run.dist
+    n_tokens = cfg.final_eval_tokens if step == cfg.steps else cfg.eval_tokens
+    try:
+        found = evaluate(
+            net, val, cfg.block_size, cfg.micro_batch, dist, n_tokens, progress=dist.is_main, before_each=run.leave_if_asked
+        )
+    except Leaving:
+        return
+    x_BT, _ = to_batch(val.read(0, cfg.block_size + 1), cfg.block_size, dist.device)
+    health, complaint = model.health(x_BT)
+    run.log(step, val_loss=found.nll, val_perplexity=found.perplexity, val_tokens=found.tokens, **health)
+    run.warn(step, complaint if step > max(cfg.warmup_steps, cfg.steps // 10) else None)
 
 
 @command

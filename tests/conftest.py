@@ -1,5 +1,7 @@
 """Shared pieces: a small tokenized corpus, a small configuration, and commands run as a user runs them."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +25,24 @@ def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str
     """Run a script of the repository on `n` gloo ranks."""
     env = {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
     return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, env=env, **kwargs)
+
+
+def records(folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu", "peak_memory_bytes")} for r in lines]
+
+
+def newest_sums(folder: Path) -> dict[str, str]:
+    """sha256 of the files in a run's newest checkpoint: weights, optimizer and random-number states."""
+    newest = max((folder / "checkpoints").glob("step_*"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in newest.glob("*.safetensors")}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, random-number states and log equal to the last bit."""
+    assert records(one) == records(other)
+    assert newest_sums(one) == newest_sums(other) and len(newest_sums(one)) == 2
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,9 @@ def test_ranks_and_micro_steps_only_slice_the_range_of_the_step(tmp_path_factory
     micro_batch, world_size = split
     n = rows * length
     cfg = Config(data=str(folder), block_size=length, micro_batch=micro_batch, tokens_per_step=n, n_embd=8, n_head=1)
-    ranks = [SimpleNamespace(rank=r, world_size=world_size, device=torch.device("cpu")) for r in range(world_size)]
+    ranks = [
+        SimpleNamespace(rank=r, world_size=world_size, device=torch.device("cpu"), at=lambda _: None) for r in range(world_size)
+    ]
     batches = [Batches(cfg, "train", rank) for rank in ranks]
     pairs = [b[step, micro] for micro in range(batches[0].grad_accum) for b in batches]
     expected = tokens[np.arange(step * n, (step + 1) * n + 1) % len(tokens)]

@@ -31,7 +31,7 @@ def by_hand(model, tokens: np.ndarray, length: int) -> tuple[list[float], list[l
 
 @pytest.mark.parametrize("length", [1, 20, 32, 100])
 def test_evaluation_equals_the_definition(runs, corpus, length):
-    model, _ = load_model(runs / "carope")
+    model, _, _ = load_model(runs / "carope")
     stream = TokenStream(corpus, "val", 320)
     found = evaluate(model, stream, length, 7, CPU, max_tokens=750)
     nll, windows = by_hand(model, stream.read(0, 751), length)

@@ -7,13 +7,15 @@ from conftest import ROOT
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 LAYERS = [
     {"errors", "positional"},
-    {"files"},
-    {"config", "corpus", "shards", "tokenizer"},
-    {"data", "distributed", "sources"},
+    {"files", "watchdog"},
+    {"config", "corpus", "launch", "shards", "tokenizer"},
+    {"data", "distributed", "sources", "optim"},
     {"model", "provenance", "trackers", "token_stream"},
     {"checkpoint", "prepare_fineweb"},
-    {"run", "eval_ppl"},
-    {"train", "sample"},
+    {"guard", "eval_ppl"},
+    {"run"},
+    {"replay", "sample"},
+    {"train"},
     {"table1"},
 ]
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more

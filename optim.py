@@ -1,0 +1,32 @@
+"""AdamW and its schedule, as the paper has them: linear warm-up, then a cosine."""
+
+import math
+
+import torch
+from torch import nn
+
+from config import Config
+
+
+def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW; weight decay on tensors of two or more dimensions only. Every parameter is in exactly one group."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up to cfg.lr over warmup_steps, then a cosine to cfg.min_lr at cfg.steps."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.lr - cfg.min_lr)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, cfg: Config) -> float:
+    """Give every group the learning rate of `step`; returns it."""
+    lr = learning_rate(step, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
