@@ -147,7 +147,8 @@ def progress_bar(expected: int, done: int) -> Any:  # -> tqdm
         flush = sys.stderr.flush
 
         def write(self, text: str) -> None:
-            sys.stderr.write(text.replace("\r", "\n"))
+            if line := text.strip("\r\n").rstrip():
+                sys.stderr.write(line + "\n")
 
     terminal = sys.stderr.isatty()
     return tqdm(

@@ -1,18 +1,14 @@
 """prepare_fineweb.py against a ten-line reference, through kills and restarts, and with everything that can be wrong."""
 
 import gzip
-import hashlib
-import http.server
 import json
 import os
 import pydoc_data.topics
 import random
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -20,6 +16,22 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import (
+    COMMIT,
+    FOLDER,
+    REPO,
+    ROOT,
+    bytes_reference,
+    contents,
+    gpt2_reference,
+    hub_reference,
+    read_shards,
+    run,
+    serving,
+    start,
+    wait_for,
+    write_parquet,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,46 +40,8 @@ import prepare_fineweb
 from errors import UserError
 from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where waiting for the disk is not the test
 TOPICS = sorted(pydoc_data.topics.topics.values())
-
-
-def reference_shards(documents, encode, eot, val_tokens, shard_tokens, limit=None):
-    """What build-nanogpt's and llm.c's scripts write, said in as few words as possible."""
-    stream = []
-    for text in documents:
-        stream += [eot, *encode(text)] if text else []
-    stream = stream[:limit]
-    shards = [stream[:val_tokens]]
-    for i in range(val_tokens, len(stream), shard_tokens):
-        shards.append(stream[i : i + shard_tokens])
-    return shards
-
-
-def gpt2_reference(documents, *sizes, limit=None):
-    return reference_shards(documents, load_tokenizer("gpt2")._tiktoken.encode_ordinary, 50256, *sizes, limit=limit)
-
-
-def bytes_reference(documents, *sizes, limit=None):
-    return reference_shards(documents, str.encode, 256, *sizes, limit=limit)
-
-
-def read_shards(folder):
-    """The folder's shards in the order of their numbers, read with struct alone."""
-    shards = []
-    for path in sorted(folder.glob("*.bin"), key=lambda p: p.stem.split("_")[1]):
-        raw = path.read_bytes()
-        magic, version, n = struct.unpack("<3i", raw[:12])
-        assert (magic, version) == (20240520, 1)
-        assert raw[12:1024] == bytes(1012)
-        shards.append(list(struct.unpack(f"<{n}H", raw[1024:])))
-    return shards
-
-
-def contents(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def write_jsonl(path, documents):
@@ -75,24 +49,6 @@ def write_jsonl(path, documents):
     with opener(path, "wt") as file:
         file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents))
     return path
-
-
-def write_parquet(path, documents, **options):
-    pq.write_table(pa.table({"id": list(range(len(documents))), "text": pa.array(documents, pa.string())}), path, **options)
-    return path
-
-
-def start(*args, env=None, **options):
-    command = [sys.executable, str(ROOT / "prepare_fineweb.py"), *map(str, args)]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}, **options
-    )
-
-
-def run(*args, env=None, **options):
-    process = start(*args, env=env, **options)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
 
 
 def error_of(*args):
@@ -255,12 +211,6 @@ def shards_done(out):
         return -1
 
 
-def wait_for(process, condition):
-    while process.poll() is None and not condition():
-        time.sleep(0.002)
-    return process.poll() is None
-
-
 def test_killed_at_any_moment_and_started_again(long_source, long_result, tmp_path):
     out, draw = tmp_path / "out", random.Random(1)
     args = ("--source", long_source, "--out", out, "--workers", 2, *LONG)
@@ -321,7 +271,8 @@ def test_two_at_once(long_source, tmp_path):
     out = tmp_path / "out"
     process = start("--source", long_source, "--out", out, *LONG)
     assert wait_for(process, lambda: shards_done(out) >= 0)
-    assert "another prepare_fineweb.py is at work" in error_of("--source", long_source, "--out", out, *LONG)
+    error = error_of("--source", long_source, "--out", out, *LONG)
+    assert f"process {process.pid} on " in error and "prepare_fineweb.py" in error and "is at work there" in error
     process.terminate()
     process.communicate()
     assert process.returncode == 143
@@ -509,84 +460,10 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
 # ---- the hub
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPO, FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """A dataset repository as huggingface_hub's client sees it, and a record of what was asked."""
-
-    daemon_threads = True
-
-    def __init__(self, files, watched):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files, self.watched, self.downloads, self.on_disk, self.status = files, watched, [], [], None
-        self.tokens, self.head, self.gate = set(), COMMIT, threading.Event()
-        self.gate.set()
-
-    @property
-    def env(self):
-        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-
-
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        hub, path = self.server, self.path.split("?")[0]
-        hub.tokens.add(self.headers.get("Authorization"))
-        tree = f"/api/datasets/{REPO}/tree/{COMMIT}/{FOLDER}".replace("sample/10BT", "sample%2F10BT")
-        if hub.status:
-            return self.reply(hub.status, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        if path.startswith(f"/api/datasets/{REPO}/revision/"):
-            commit = path.split("/")[-1].replace("main", hub.head)
-            return self.reply(200, json.dumps({"id": REPO, "sha": commit, "siblings": []}).encode(), {}, body)
-        if path in (tree, tree.replace("%2F", "/")):
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in hub.files.items()]
-            return self.reply(200, json.dumps(entries).encode(), {}, body)
-        name = path.removeprefix(f"/datasets/{REPO}/resolve/").removeprefix(f"{COMMIT}/").removeprefix("main/")
-        if name not in hub.files:
-            return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
-        if body:
-            hub.downloads.append(name)
-            hub.on_disk.append(sorted(p.name for p in hub.watched.rglob("*.parquet")))
-            hub.gate.wait(20)
-        data = hub.files[name]
-        self.reply(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}, body)
-
-    def reply(self, status, data, headers, body):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path):
-    """Three parquet files and a README; the order of the listing is not that of the names."""
-    files = {}
-    for i in (2, 0, 1):
-        path = write_parquet(tmp_path / "upload.parquet", [f"document {i} {j} " + TOPICS[i + j] for j in range(10)])
-        files[f"{FOLDER}/00{i}_00000.parquet"] = path.read_bytes()
-    files[f"{FOLDER}/README.md"] = b"no documents"
-    with Hub(files, tmp_path / "data") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(tmp_path, *([f"document {i} {j} " + TOPICS[i + j] for j in range(10)] for i in range(3))) as server:
         yield server
-        server.shutdown()
-
-
-def hub_reference(hub, *sizes):
-    parquets = [data for name, data in sorted(hub.files.items()) if name.endswith("parquet")]
-    return bytes_reference([t for data in parquets for t in pq.read_table(pa.BufferReader(data))["text"].to_pylist()], *sizes)
 
 
 SIZES = ("--tokenizer", "bytes", "--val_tokens", "10_000", "--shard_tokens", "20_000")
@@ -653,10 +530,11 @@ def test_hub_errors_are_one_line(hub, tmp_path):
     hub.status = 401
     dead = {"HF_ENDPOINT": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1"}
     for env in (hub.env, dead, {"HF_HUB_OFFLINE": "1"}):
-        rc, _, err = run(*SIZES, env={**home, **env}, cwd=tmp_path)
+        rc, _, err = run(*SIZES, env={**home, **env}, cwd=tmp_path, constants={"FIRST_WAIT": 0.01})
         assert rc == 2
+        *retries, err = err.splitlines()
         assert err.startswith(f"error: hf://datasets/{REPO}/{FOLDER}: ")
-        assert err.count("\n") == 1
+        assert len(retries) == (4 if env == dead else 0)
         assert all(word in err for word in ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "--source"))
     hub.status = None
     rc, _, err = run("--source", f"hf://datasets/{REPO}/nowhere", "--out", tmp_path / "data", env={**home, **hub.env})

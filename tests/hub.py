@@ -1,0 +1,252 @@
+"""A dataset repository on loopback that speaks as the hub does, and on demand breaks as it may; and what its shards must be."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO, FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
+
+# ---- the command and its result
+
+
+def reference_shards(documents, encode, eot, val_tokens, shard_tokens, limit=None):
+    """What build-nanogpt's and llm.c's scripts write, said in as few words as possible."""
+    stream = []
+    for text in documents:
+        stream += [eot, *encode(text)] if text else []
+    stream = stream[:limit]
+    shards = [stream[:val_tokens]]
+    for i in range(val_tokens, len(stream), shard_tokens):
+        shards.append(stream[i : i + shard_tokens])
+    return shards
+
+
+def gpt2_reference(documents, *sizes, limit=None):
+    return reference_shards(documents, load_tokenizer("gpt2")._tiktoken.encode_ordinary, 50256, *sizes, limit=limit)
+
+
+def bytes_reference(documents, *sizes, limit=None):
+    return reference_shards(documents, str.encode, 256, *sizes, limit=limit)
+
+
+def read_shards(folder):
+    """The folder's shards in the order of their numbers, read with struct alone."""
+    shards = []
+    for path in sorted(folder.glob("*.bin"), key=lambda p: p.stem.split("_")[1]):
+        raw = path.read_bytes()
+        magic, version, n = struct.unpack("<3i", raw[:12])
+        assert (magic, version) == (20240520, 1)
+        assert raw[12:1024] == bytes(1012)
+        shards.append(list(struct.unpack(f"<{n}H", raw[1024:])))
+    return shards
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def write_parquet(path, documents, **options):
+    pq.write_table(pa.table({"id": list(range(len(documents))), "text": pa.array(documents, pa.string())}), path, **options)
+    return path
+
+
+def start(*args, env=None, constants=None, **options):
+    """prepare_fineweb.py as a process, where asked with other `constants` of sources.py, to wait less."""
+    script = str(ROOT / "prepare_fineweb.py")
+    changed = (
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import sources; vars(sources).update({constants}); "
+        f"runpy.run_path({script!r}, run_name='__main__')"
+    )
+    command = [sys.executable, *(["-c", changed] if constants else [script]), *map(str, args)]
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}, **options
+    )
+
+
+def run(*args, **options):
+    process = start(*args, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for(process, condition):
+    while process.poll() is None and not condition():
+        time.sleep(0.002)
+    return process.poll() is None
+
+
+# ---- the hub
+
+
+class Fault(NamedTuple):
+    """What goes wrong with a request; what is not said goes well."""
+
+    status: int = 0  # answered instead of the file
+    headers: dict[str, str] = {}  # noqa: RUF012
+    cut: int | None = None  # the connection ends after so many bytes of the body,
+    reset: bool = False  # by a reset
+    hang: bool = False  # or not at all, but nothing more comes
+    length: int | None = None  # only so many bytes are sent, and Content-Length says the same
+    corrupt: bool = False  # one bit of what is sent is wrong
+    ignore_range: bool = False  # the whole body, whatever was asked for
+
+
+class Request(NamedTuple):
+    """A request for (a part of) a file or a listing: when it came, for what, from which byte on, with which token."""
+
+    at: float
+    path: str
+    start: int
+    token: str | None
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A dataset repository as huggingface_hub's client sees it, and a record of what was asked.
+
+    By the end of a path, `faults` has what goes wrong with the next requests for it, `always` what goes wrong with all.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files, watched):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files, self.watched, self.downloads, self.on_disk, self.status = files, watched, [], [], None
+        self.tokens, self.head, self.gate = set(), COMMIT, threading.Event()
+        self.checksums, self.cdn = True, None  # whether the listing has them; the host that files are redirected to
+        self.faults: dict[str, list[Fault]] = {}
+        self.always: dict[str, Fault] = {}
+        self.requests: list[Request] = []
+        self.gate.set()
+
+    @property
+    def env(self):
+        return {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+
+    @property
+    def parquets(self):
+        return sorted(name for name in self.files if name.endswith("parquet"))
+
+    def asked(self, end: str) -> list[Request]:
+        """The requests for what ends in `end`, in order."""
+        return [request for request in self.requests if request.path.endswith(end)]
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that has gone, killed or tired of waiting, is no error here."""
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        hub, path = self.server, self.path.split("?")[0]
+        hub.tokens.add(self.headers.get("Authorization"))
+        start = int((re.match(r"bytes=(\d+)-$", self.headers.get("Range", "")) or [0, 0])[1])
+        fault = self.fault(Request(time.monotonic(), path, start, self.headers.get("Authorization"))) if body else Fault()
+        tree = f"/api/datasets/{REPO}/tree/{COMMIT}/{FOLDER}".replace("sample/10BT", "sample%2F10BT")
+        if hub.status:
+            return self.reply(hub.status, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if fault.status:
+            return self.reply(fault.status, b"{}", fault.headers, body)
+        if path.startswith(f"/api/datasets/{REPO}/revision/"):
+            commit = path.split("/")[-1].replace("main", hub.head)
+            return self.reply(200, json.dumps({"id": REPO, "sha": commit, "siblings": []}).encode(), {}, body, fault)
+        if path in (tree, tree.replace("%2F", "/")):
+            return self.reply(
+                200, json.dumps([entry(*file, hub.checksums) for file in hub.files.items()]).encode(), {}, body, fault
+            )
+        if hub.cdn and not path.startswith("/cdn/"):
+            location = f"http://{hub.cdn}:{hub.server_port}/cdn/{path.partition(COMMIT)[2][1:]}?signature=x"
+            return self.reply(302, b"", {"Location": location}, body)
+        name = re.sub(f"^(/datasets/{REPO}/resolve/({COMMIT}|main)|/cdn)/", "", path)
+        if name not in hub.files:
+            return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+        if body:
+            hub.downloads.append(name)
+            hub.on_disk.append(sorted(p.name for p in hub.watched.rglob("*.parquet")))
+            hub.gate.wait(20)
+        data, start = hub.files[name], 0 if fault.ignore_range else start
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.reply(206 if start else 200, data[start:], headers, body, fault)
+
+    def fault(self, request: Request) -> Fault:
+        """Note the request, and find what is to go wrong with it."""
+        hub, path = self.server, request.path
+        hub.requests.append(request)
+        for end, faults in hub.faults.items():
+            if path.endswith(end) and faults:
+                return faults.pop(0)
+        return next((fault for end, fault in hub.always.items() if path.endswith(end)), Fault())
+
+    def reply(self, status, data, headers, body, fault=Fault()):  # noqa: B008
+        data = data[: fault.length]
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if fault.corrupt:
+            data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
+        if body:
+            self.wfile.write(data[: fault.cut])
+        if fault.hang:
+            self.rfile.read(1)  # until the client leaves
+        if fault.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+    def log_message(self, *_):
+        pass
+
+
+def entry(path, data, checksums=True):
+    """A file in the hub's listing; parquet files lie in its large file storage."""
+    blob = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    large = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return blob | ({"lfs": large} if checksums and path.endswith("parquet") else {})
+
+
+@contextmanager
+def serving(folder: Path, *documents: list[str]) -> Iterator[Hub]:
+    """A hub with one parquet file per list of documents and a README; its listing is not in the order of the names."""
+    files = {}
+    for i in (2, 0, 1):
+        files[f"{FOLDER}/00{i}_00000.parquet"] = write_parquet(folder / "upload.parquet", documents[i]).read_bytes()
+    files[f"{FOLDER}/README.md"] = b"no documents"
+    with Hub(files, folder / "data") as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def hub_reference(hub, *sizes):
+    tables = [pq.read_table(pa.BufferReader(hub.files[name])) for name in hub.parquets]
+    return bytes_reference([text for table in tables for text in table["text"].to_pylist()], *sizes)
