@@ -133,10 +133,10 @@ class Batches:
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, Tensor]:
         step, micro = index
-        self.dist.at(f"step {step}, micro-step {micro}: reading the batch")
+        self.dist.at(f"step {step}, micro-step {micro}, reading the batch")
         n_tokens = self.cfg.micro_batch * self.cfg.block_size
         batch = to_batch(self.stream.read(self.start(step, micro), n_tokens + 1), self.cfg.block_size, self.dist.device)
-        self.dist.at(f"step {step}, micro-step {micro}: computing")
+        self.dist.at(f"step {step}, micro-step {micro}, computing")
         return batch
 
     def start(self, step: int, micro: int) -> int:

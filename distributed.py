@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import EXIT_LOST_RANK, UserError
+from rendezvous import meet
 from watchdog import Watchdog, follow_parent
 
 # Dense bf16 TFLOP/s by vendor data sheet; the first name found in the device's name counts
@@ -54,8 +55,16 @@ class Distributed:
             torch.set_float32_matmul_precision("highest")
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             backstop = timedelta(seconds=timeout + 30)  # the watchdog comes first, it knows which rank is late
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=backstop, device_id=chosen if on_gpu else None)
-            self._watchdog = Watchdog(self.rank, self.world_size, timeout)
+            store, rank, world_size, start = meet(timeout)
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=backstop,
+                device_id=chosen if on_gpu else None,
+            )
+            self._watchdog = Watchdog(self.rank, self.world_size, timeout, start)
         return self
 
     def __enter__(self) -> "Distributed":
@@ -119,7 +128,7 @@ class Distributed:
         """Sum of `x` over ranks, in place."""
         if dist.is_initialized():
             if self._watchdog:
-                self._watchdog.at(f"{self._place}: waiting for the other ranks")
+                self._watchdog.at(f"{self._place}, then waiting for the other ranks")
             dist.all_reduce(x)
         return x
 

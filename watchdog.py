@@ -42,13 +42,13 @@ class Report(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process, in words, when it has not moved for `timeout` seconds: `at` says that it moves.
+    """Ends this process, in words, when it has not moved for `timeout` seconds: `at` says that it moves. `start`: see meet.
 
     All ranks pass the same places in the same order, so the one that has passed fewest is the one the others wait for.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: float) -> None:
-        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+    def __init__(self, rank: int, world_size: int, timeout: float, start: str) -> None:
+        self.rank, self.world_size, self.timeout, self._start = rank, world_size, timeout, start
         self._beats, self._passed, self._place, self._since = 0, 0, "starting", time.monotonic()
         self._store = self._connect()
         self._stop = threading.Event()
@@ -80,7 +80,7 @@ class Watchdog:
         return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
 
     def _key(self, rank: int) -> str:
-        return f"carope/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+        return f"{self._start}/watchdog/{rank}"
 
     def _watch(self) -> None:
         while not self._stop.wait(BEAT_S):

@@ -7,7 +7,7 @@ from conftest import ROOT
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 LAYERS = [
     {"errors", "positional"},
-    {"files", "watchdog"},
+    {"files", "rendezvous", "watchdog"},
     {"config", "corpus", "launch", "shards", "tokenizer"},
     {"data", "distributed", "sources", "optim"},
     {"model", "provenance", "trackers", "token_stream"},

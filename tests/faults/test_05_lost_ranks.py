@@ -1,0 +1,87 @@
+"""A rank that dies or hangs: the others leave within the timeout, the rank is named, torchrun starts them again."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import assert_same_run, run_command
+
+from errors import EXIT_LOST_RANK
+
+INJECT = Path(__file__).with_name("inject.py")
+WORDS = ["--encoding=carope", "--save_every=2"]
+
+
+def inject(what: str, launcher: list[str], *args: object):
+    env = {"INJECT": what, "OMP_NUM_THREADS": "1"}
+    return run_command(*launcher, "--nproc_per_node=2", INJECT, *args, env=env, timeout=120)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_named(fault, small, rank):
+    happened = fault(f"SIGKILL of rank {rank} of two at step 5")
+    begun = time.monotonic()
+    done = inject(f"die {rank} 5", ["launch.py"], *small, *WORDS, "--name=r")
+    assert done.returncode == 128 + 9, done.stderr
+    assert f"error: local rank {rank} was killed by SIGKILL" in done.stderr
+    happened("the launcher names the rank, ends the other and exits with 137", run_s=round(time.monotonic() - begun, 1))
+
+
+def test_a_rank_that_dies_unseen_by_a_launcher_is_named_by_the_others(fault, small, tmp_path):
+    """As where the launcher went with its node: here nobody but the ranks themselves can notice."""
+    happened = fault("SIGKILL of rank 1 of two at step 5, ranks started without a launcher")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        env = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        env |= {"INJECT": "die 1 5", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(INJECT), *small, *WORDS, "--name=r"]
+        ranks.append(subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True, cwd=INJECT.parents[2]))
+    _, stderr = ranks[0].communicate(timeout=120)
+    ranks[1].communicate()
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert ranks[0].returncode == EXIT_LOST_RANK and "rank 1 is gone, last seen at " in line
+    happened(f"rank 0 left with {EXIT_LOST_RANK}: {line[:90]}…")
+
+
+# torchrun waits 30 s before it kills a stopped process
+STOP = pytest.param("stop", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("what", ["sleep", STOP])
+def test_a_rank_that_hangs_is_named_within_the_timeout(fault, small, what):
+    kind = {"sleep": "waits for ever for its data", "stop": "is stopped (SIGSTOP), as by a dying node"}[what]
+    happened = fault(f"rank 1 of two {kind} at step 5, --dist_timeout=6")
+    begun = time.monotonic()
+    done = inject(f"{what} 1 5", ["launch.py"], *small, *WORDS, "--name=r", "--dist_timeout=6")
+    seconds = time.monotonic() - begun
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error: rank"))
+    verb = {"sleep": "hangs", "stop": "is gone"}[what]
+    assert line.startswith(f"error: rank 1 {verb}, last seen at ") and "no progress for 6 s (--dist_timeout)" in line
+    assert done.returncode == EXIT_LOST_RANK
+    assert ("poisoned_read" in done.stderr) == (what == "sleep"), "a rank that can still speak shows where it hangs"
+    happened(line[7:], run_s=round(seconds, 1))
+
+
+@pytest.mark.parametrize("what", ["die", STOP])
+def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_path, what):
+    happened = fault({"die": "SIGKILL", "stop": "SIGSTOP"}[what] + " of rank 1 at step 5, torchrun --max-restarts=3")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+    done = inject(f"{what} 1 5", torchrun, *small, *WORDS, "--name=r", "--dist_timeout=6")
+    assert done.returncode == 0, done.stderr
+    whole = inject("nothing", ["launch.py"], *small, *WORDS, "--name=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert_same_run(tmp_path / "r", tmp_path / "whole")
+    happened("it went on from step 4 by itself; weights, optimizer and log equal an undisturbed run to the last bit")
