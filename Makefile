@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # On a machine that others use too, threads that spin for each other long hold up each other
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-all lint clean-demo
+.PHONY: help demo test test-all faults soak clean-demo
 
 help: ## these lines
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -28,6 +28,14 @@ test: $(VENV)/.installed-dev ## the tests, without the slow ones
 
 test-all: $(VENV)/.installed-dev ## all tests
 	$(PY) -m pytest
+
+faults: $(VENV)/.installed-dev ## every fault of docs/reliability.md injected: a table, and results/faults.json
+	$(PY) -m pytest tests/faults -m "not soak" --faults results/faults.json
+	$(PY) tests/fault_report.py
+
+soak: $(VENV)/.installed-dev ## 25 random kills each of training, preparation and table1.py: results/soak.json
+	$(PY) -m pytest tests/faults -m soak --faults results/soak.json
+	$(PY) tests/fault_report.py
 
 clean-demo: ## forget the demo's data and runs
 	rm -rf data/demo runs/demo-* runs/table1.*

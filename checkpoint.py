@@ -1,9 +1,10 @@
 """Checkpoints: a folder `step_NNNNNN` of model.safetensors, optimizer.safetensors and state.json, whole or not there.
 
 Tensors are safetensors and the rest is JSON, checked by its model below: opening a stranger's checkpoint runs no code.
-state.json holds the sha256 of the other files, checked on every load.
+state.json holds the sha256 of each file, of itself too, checked on every load.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from config import Config
 from data import ShardRecord
 from errors import UserError
-from files import fsync_folder, sha256_file
+from files import fsync_folder, printable, sha256_file
 from model import GPT
 from shards import first_error
 
@@ -52,6 +53,13 @@ class State(BaseModel):
     guard: dict[str, list[Finite]] = {}
     git: str | None
     sha256: dict[str, str] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> "State":
+        steps = self.config.get("steps")
+        if not isinstance(steps, int) or self.step > steps:
+            raise ValueError(f"step {self.step} of {printable(repr(steps))} steps")
+        return self
 
     @property
     def finished(self) -> bool:
@@ -127,7 +135,7 @@ def write_checkpoint(run: Path, tensors: Tensors, state: State) -> Path:
         for file, named in tensors.items():
             save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, temporary / file)
         sums = {file: sha256_file(temporary / file) for file in tensors}
-        (temporary / STATE).write_text(json.dumps(state.model_dump() | {"sha256": sums}, indent=1) + "\n")
+        (temporary / STATE).write_text(sealed(state.model_dump() | {"sha256": sums}))
         for written in temporary.iterdir():
             with open(written, "rb+") as handle:
                 os.fsync(handle.fileno())
@@ -159,6 +167,13 @@ def check_space(run: Path, model: nn.Module, keep: int) -> None:
         )
 
 
+def sealed(state: dict[str, Any]) -> str:
+    """The text of state.json, with the sha256 of itself, as it would be without that entry, among its sha256."""
+    sums = {file: digest for file, digest in state.get("sha256", {}).items() if file != STATE}
+    digest = hashlib.sha256(json.dumps(state | {"sha256": sums}, sort_keys=True).encode()).hexdigest()
+    return json.dumps(state | {"sha256": sums | {STATE: digest}}, indent=1) + "\n"
+
+
 def reason(error: Exception) -> str:
     """An error of writing in a few words."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error).removeprefix("Error while ")
@@ -186,10 +201,15 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 def read_state(path: Path) -> State:
     """`state.json` of a checkpoint after checking every file's sha256. Raises UserError, naming the damaged file."""
     try:
-        state = State.model_validate_json((path / STATE).read_bytes())
+        text = (path / STATE).read_bytes()
+        state = State.model_validate_json(text)
+        if json.loads(sealed(json.loads(text)))["sha256"] != state.sha256:
+            raise UserError(f"{path / STATE}: its sha256 is not the one in it; the checkpoint is damaged")
         for name in (MODEL, OPTIMIZER):
             if sha256_file(path / name) != state.sha256.get(name):
                 raise UserError(f"{path / name}: its sha256 is not the one in {STATE}; the checkpoint is damaged")
+        if path.name.startswith("step_") and path.name != f"step_{state.step:06d}":
+            raise UserError(f"{path / STATE}: it is of step {state.step}; the checkpoint is damaged")
         return state
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); the checkpoint is damaged") from None
@@ -218,9 +238,9 @@ def newest_checkpoint(run: Path, at_most: int | None = None) -> tuple[Path, Stat
 def find_checkpoint(path: str | Path) -> tuple[Path, State]:
     """The checkpoint meant by `path`, a run folder (its newest valid one) or a checkpoint folder."""
     path = Path(path)
-    if (path / STATE).exists():
+    if os.path.exists(path / STATE):  # Path.exists raises for some names, as one too long
         return path, read_state(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such run or checkpoint")
     found = newest_checkpoint(path)
     if found is None:
@@ -249,26 +269,27 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 def _val_loss(path: Path) -> float | None:
     try:
-        return json.loads((path / STATE).read_text())["val_loss"]
-    except (OSError, ValueError, KeyError):
+        return State.model_validate_json((path / STATE).read_bytes()).val_loss
+    except (OSError, pydantic.ValidationError):
         return None
 
 
-def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU: the `expected` names, shapes and types, and any under rng.
+def read_tensors(path: Path, expected: dict[str, Tensor], also: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU: of the `expected` names, shapes and types, or named beginning with `also`.
 
     Raises UserError, naming what differs.
     """
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for name in sorted(n for n in shapes.keys() | expected.keys() if not n.startswith(RNG)):
+            for name in sorted(n for n in shapes.keys() | expected.keys() if not n.startswith(also)):
                 here, there = shapes.get(name), list(expected[name].shape) if name in expected else None
                 if here != there:
-                    raise UserError(f"{path}: {name} has shape {here or 'none'}, the model's is {there or 'none'}")
+                    what = f"{printable(name)} has shape {'none' if here is None else here}"
+                    raise UserError(f"{path}: {what}, the model's is {'none' if there is None else there}")
             found = {name: file.get_tensor(name) for name in shapes}
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not a readable safetensors file ({printable(str(error))})") from None
     for name, tensor in expected.items():
         if found[name].dtype != tensor.dtype:
             raise UserError(f"{path}: {name} is {found[name].dtype}, the model's is {tensor.dtype}")
@@ -285,7 +306,8 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     like = {"exp_avg": lambda p: p, "exp_avg_sq": lambda p: p, "step": lambda _: torch.zeros(())}
-    found = read_tensors(path / OPTIMIZER, {f"{key}.{names[id(p)]}": form(p) for p in parameters for key, form in like.items()})
+    expected = {f"{key}.{names[id(p)]}": form(p) for p in parameters for key, form in like.items()}
+    found = read_tensors(path / OPTIMIZER, expected, also=(RNG,))
     state = {i: {key: found[f"{key}.{names[id(p)]}"] for key in like} for i, p in enumerate(parameters)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     try:
@@ -293,7 +315,8 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         if f"{RNG}cuda" in found and torch.cuda.is_available():
             torch.cuda.set_rng_state(found[f"{RNG}cuda"])
     except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path / OPTIMIZER}: no state of the random-number generators in it ({error})") from None
+        why = printable(str(error))
+        raise UserError(f"{path / OPTIMIZER}: no state of the random-number generators in it ({why})") from None
 
 
 def config_of(path: Path, state: State) -> Config:

@@ -8,14 +8,17 @@ go through the same checks and are refused in the same words. torch is not impor
 
 import argparse
 import difflib
+import json
+import math
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from errors import UserError
 
@@ -23,17 +26,21 @@ from errors import UserError
 # imported, and train.py imports this module before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
+CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks messages of one line, terminals or file systems
+
 
 class Config(BaseModel):
     """Everything that decides what a run computes; frozen and validated. Raises pydantic.ValidationError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # run
     name: str = Field("", description="run folder below out_dir [default: the names of the config files, joined by '-']")
     out_dir: str = Field("runs", description="where run folders are kept")
     data: str = Field("data/fineweb-edu-10B", description="folder of token shards, as prepare_fineweb.py writes it")
-    seed: NonNegativeInt = Field(1, description="seed of the initial weights")
+    seed: int = Field(1, ge=0, lt=2**63, description="seed of the initial weights")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one, else cpu")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
@@ -43,32 +50,32 @@ class Config(BaseModel):
     # model
     encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
     n_layer: PositiveInt = Field(12, le=1000, description="transformer blocks")
-    n_head: PositiveInt = Field(12, description="attention heads")
+    n_head: PositiveInt = Field(12, le=65536, description="attention heads")
     n_embd: PositiveInt = Field(768, le=65536, description="model width, channels")
     vocab_size: PositiveInt = Field(50304, le=65536, description="embedding rows, token ids with padding")
     block_size: PositiveInt = Field(512, le=2**24, description="training length, tokens")
-    rope_base: float = Field(10000.0, gt=1, description="base of RoPE's frequencies, also where CARoPE starts")
+    rope_base: float = Field(10000.0, ge=1.001, le=1e15, description="base of RoPE's frequencies, also where CARoPE starts")
     sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
 
     # optimization
-    micro_batch: PositiveInt = Field(32, description="sequences per forward pass and device")
-    tokens_per_step: PositiveInt = Field(524_288, description="tokens per optimizer step, over all devices")
-    steps: PositiveInt = Field(19_000, description="optimizer steps")
-    warmup_steps: NonNegativeInt = Field(750, description="steps of linear learning-rate warm-up")
+    micro_batch: Count = Field(32, description="sequences per forward pass and device")
+    tokens_per_step: Count = Field(524_288, description="tokens per optimizer step, over all devices")
+    steps: Count = Field(19_000, description="optimizer steps")
+    warmup_steps: CountOrZero = Field(750, description="steps of linear learning-rate warm-up")
     lr: PositiveFloat = Field(6e-4, description="learning rate after the warm-up")
     min_lr: NonNegativeFloat = Field(6e-5, description="learning rate at the end of the cosine")
     weight_decay: NonNegativeFloat = Field(0.1, description="AdamW's, on tensors of two or more dimensions")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's β1")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's β2")
-    grad_clip: PositiveFloat = Field(1.0, description="largest gradient norm")
+    grad_clip: PositiveFloat = Field(1.0, allow_inf_nan=True, description="largest gradient norm; inf is any")
 
     # evaluation, logs, checkpoints
-    eval_every: PositiveInt = Field(250, description="steps between validations")
-    eval_tokens: PositiveInt = Field(655_360, description="tokens of a validation during training (20 batches of 64 × 512)")
-    final_eval_tokens: NonNegativeInt = Field(0, description="tokens of the last validation; 0 is the whole evaluation set")
-    log_every: PositiveInt = Field(1, description="steps between records in log.jsonl")
-    save_every: PositiveInt = Field(1000, description="steps between checkpoints")
-    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints to keep, besides the best")
+    eval_every: Count = Field(250, description="steps between validations")
+    eval_tokens: Count = Field(655_360, description="tokens of a validation during training (20 batches of 64 × 512)")
+    final_eval_tokens: CountOrZero = Field(0, description="tokens of the last validation; 0 is the whole evaluation set")
+    log_every: Count = Field(1, description="steps between records in log.jsonl")
+    save_every: Count = Field(1000, description="steps between checkpoints")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints to keep, besides the best")
     async_checkpoint: bool = Field(False, description="write checkpoints behind the back of the next steps")
     wandb: Literal["online", "offline", "disabled"] = Field("disabled", description="log to Weights & Biases")
     wandb_project: str = Field("carope", description="Weights & Biases project")
@@ -82,12 +89,17 @@ class Config(BaseModel):
         8.0, description="what a jump is: so many robust standard deviations (MAD) of the log above the median of 128 steps"
     )
     replay_step: int = Field(
-        -1, ge=-1, description="compute this step again, show each micro-step's loss and gradient, write nothing; -1 is off"
+        -1,
+        ge=-1,
+        le=2**40,
+        description="compute this step again, show each micro-step's loss and gradient, write nothing; -1 is off",
     )
     verify_data: Literal["quick", "full"] = Field(
         "quick", description="check of the shards at the start; quick: sizes and headers, full: every token and sha256"
     )
-    dist_timeout: PositiveFloat = Field(600.0, description="seconds without progress after which a run gives up a hung rank")
+    dist_timeout: PositiveFloat = Field(
+        600.0, le=1e9, description="seconds without progress after which a run gives up a hung rank"
+    )
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Config":
@@ -97,6 +109,9 @@ class Config(BaseModel):
             raise ValueError(
                 f"encoding = {self.encoding!r}: {_did_you_mean(self.encoding, ENCODINGS)}there are {', '.join(ENCODINGS)}"
             )
+        for key, value in self:
+            if isinstance(value, str) and UNPRINTABLE.search(value):
+                raise ValueError(f"{key} = {value!r}: control characters are not taken")
         if self.n_embd % self.n_head:
             works = ", ".join(str(h) for h in _nearest_divisors(self.n_embd, self.n_head))
             raise ValueError(
@@ -160,6 +175,9 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
     Raises UserError naming key, value, place, limit and the nearest right key; SystemExit after --help, --print_config.
     """
+    for word in argv:
+        if UNPRINTABLE.search(word):
+            raise UserError(f"{word!r} (command line): control characters are not taken")
     args, unknown = _parser(prog).parse_known_intermixed_args(list(argv))
     for word in unknown:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
@@ -168,7 +186,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
     overrides = {key: value for key, value in vars(args).items() if key in Config.model_fields}
     values |= overrides
     places |= dict.fromkeys(overrides, "command line")
-    if not values.get("name"):
+    if values.get("name", "") == "":
         values["name"] = "-".join(Path(file).stem for file in args.files) or f"gpt2-{values.get('encoding', 'rope')}"
     try:
         cfg = Config(**values)
@@ -185,8 +203,12 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
 def to_toml(cfg: Config) -> str:
     """`cfg` as a TOML document that load_config reads back."""
-    quoted = {str: lambda v: '"' + v.replace("\\", "\\\\").replace('"', '\\"') + '"', bool: lambda v: str(v).lower()}
-    return "".join(f"{key} = {quoted.get(type(value), repr)(value)}\n" for key, value in cfg.model_dump().items())
+    # JSON writes strings and booleans as TOML does, and repr writes numbers so, inf too
+    written = {
+        key: json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+        for key, value in cfg.model_dump().items()
+    }
+    return "".join(f"{key} = {text}\n" for key, text in written.items())
 
 
 def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -198,7 +220,7 @@ def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         except OSError as error:
             near = _did_you_mean(file, [str(p) for p in Path("config").glob("*.toml")])
             raise UserError(f"{file}: cannot be read ({error.strerror}); {near}a config file ends in .toml") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not TOML ({error})") from None
         for key in layer:
             if key not in Config.model_fields:
@@ -239,7 +261,15 @@ def _one_line(error: pydantic.ValidationError, places: dict[str, str]) -> str:
     if not first["loc"]:
         return message
     key = str(first["loc"][0])
-    return f"{key} = {first['input']!r} ({places.get(key, 'default')}): {message[0].lower()}{message[1:]}"
+    return f"{key} = {_shown(first['input'])} ({places.get(key, 'default')}): {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no number of more than 4300 digits
+        return "(a number of too many digits)"
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -249,6 +279,6 @@ def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def _nearest_divisors(n: int, wanted: int) -> list[int]:
     """The largest divisor of `n` below `wanted` and the smallest above it, where they exist."""
-    below = [d for d in range(1, wanted) if n % d == 0]
-    above = next((d for d in range(wanted + 1, n + 1) if n % d == 0), None)
-    return below[-1:] + ([above] if above else [])
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    divisors = sorted({*small, *(n // d for d in small)})
+    return [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from config import grad_accum
 from errors import UserError
 from files import sha256_file
-from shards import find_shards, open_shard, read_manifest
+from shards import FileName, find_shards, open_shard, read_manifest
 
 VERIFY_TOKENS = 1 << 24  # looked through at a time
 
@@ -27,7 +27,7 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    file: str
+    file: FileName
     tokens: NonNegativeInt
     sha256: str
     mtime_ns: int
@@ -45,6 +45,9 @@ class TokenStream:
         self.paths = find_shards(self.folder, split)
         self.shards = [open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        if split == "val" and len(self) < 2:
+            raise UserError(f"{self.paths[0]}: one token, there is nothing in it to predict; prepare the data again")
+        self.sums: dict[str, str] = {}  # file → sha256, once it is computed
         self.manifest = read_manifest(self.folder)
         if self.manifest:
             self._check_manifest(split, self.manifest)
@@ -82,7 +85,7 @@ class TokenStream:
         """What the shards are known by; the sha256 is the manifest's, or computed where there is none."""
         listed = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]} if self.manifest else {}
         with ThreadPoolExecutor() as pool:
-            sums = pool.map(lambda path: listed.get(path.name) or sha256_file(path), self.paths)
+            sums = pool.map(lambda path: listed.get(path.name) or self._sum(path), self.paths)
             return [
                 ShardRecord(file=path.name, tokens=len(shard), sha256=sha256, mtime_ns=path.stat().st_mtime_ns)
                 for path, shard, sha256 in zip(self.paths, self.shards, sums, strict=True)
@@ -96,10 +99,15 @@ class TokenStream:
                 if part.max() >= self.vocab_size:
                     self._refuse_id(path, start + int(part.argmax()), int(part.max()))
         with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(sha256_file, self.paths))
+            sums = list(pool.map(self._sum, self.paths))
         for record, path, sha256 in zip(self.records(), self.paths, sums, strict=True):
             if record.sha256 != sha256:
                 raise UserError(f"{path}: its sha256 is not the manifest's; the file was changed, prepare the data again")
+
+    def _sum(self, path: Path) -> str:
+        if path.name not in self.sums:
+            self.sums[path.name] = sha256_file(path)
+        return self.sums[path.name]
 
     def _refuse_id(self, path: Path, where: int, token: int) -> None:
         raise UserError(f"{path}: token {where} is {token}, beyond vocab_size = {self.vocab_size}", alone=True)
@@ -148,9 +156,10 @@ class Batches:
 def check_unchanged(before: Sequence[ShardRecord], streams: Sequence[TokenStream]) -> list[ShardRecord]:
     """`before` as of now. Raises UserError where a shard is not the one a run began with.
 
-    A shard of another time of change is read: its sha256 decides.
+    A shard of another time of change is read: its sha256 decides, as it does where `verify` has computed it.
     """
     shards = {path.name: (path, len(shard)) for s in streams for path, shard in zip(s.paths, s.shards, strict=True)}
+    sums = {file: sha256 for stream in streams for file, sha256 in stream.sums.items()}
     way_out = "a run ends on the data it began with; restore the file, or start a run of another --name"
     now = []
     for old in before:
@@ -158,7 +167,9 @@ def check_unchanged(before: Sequence[ShardRecord], streams: Sequence[TokenStream
         if tokens != old.tokens:
             raise UserError(f"{path}: {tokens or 'no'} tokens, the run began with {old.tokens}; {way_out}")
         mtime_ns = path.stat().st_mtime_ns
-        if mtime_ns != old.mtime_ns and sha256_file(path) != old.sha256:
+        if mtime_ns != old.mtime_ns and old.file not in sums:
+            sums[old.file] = sha256_file(path)
+        if sums.get(old.file, old.sha256) != old.sha256:
             raise UserError(f"{path}: was changed since the run began, its sha256 is another; {way_out}")
         now.append(old.model_copy(update={"mtime_ns": mtime_ns}))
     if shards:

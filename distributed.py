@@ -72,17 +72,18 @@ class Distributed:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Leave the process group; where an exchange failed because a rank is gone, with a line that names the rank."""
-        if self._watchdog and isinstance(error, RuntimeError):
-            self._explain(error)
-        if self._watchdog:
-            self._watchdog.close()
+        try:
+            if isinstance(error, RuntimeError):
+                self._explain(error)
+        finally:
+            if self._watchdog:
+                self._watchdog.close()
         if dist.is_initialized() and error is None:  # else the others may not come along; the process ends anyway
             dist.destroy_process_group()
 
     def _explain(self, error: RuntimeError) -> None:
-        assert self._watchdog
-        lost = self._watchdog.lost()
-        if lost is None:
+        lost = self._watchdog.lost() if self._watchdog else None
+        if self._watchdog is None or lost is None:
             return
         if self._watchdog.is_first_to_say(lost):
             reason = str(error).strip().splitlines()[-1]

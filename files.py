@@ -24,7 +24,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,22 +57,28 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+def printable(text: str) -> str:
+    """`text` out of a file, fit for a message: a space for whatever would break the line or the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 @contextmanager
 def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Make `folder` and keep other processes out of it; on leaving, a folder that was made and stayed empty goes away.
 
     The lock is the kernel's (flock): it ends with its owner, however that ends. The file says who the owner is.
     Raises UserError, naming the owner, where another process holds it for `patience` seconds more, or for a folder that cannot
-    be made.
+    be made or written.
     """
     import fcntl  # there is none on Windows
 
-    made = not folder.exists()
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        open(path := folder / LOCK, "a").close()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from None
-    path, deadline = folder / LOCK, time.monotonic() + patience
+        raise UserError(f"{folder}: cannot be made or written ({error.strerror}); choose another folder") from None
+    deadline = time.monotonic() + patience
     while True:
         with open(path, "a+") as file:
             try:
@@ -103,6 +109,6 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 def _owner(path: Path) -> str:
     try:
         owner = json.loads(path.read_text())
-        return f"process {owner['pid']} on {owner['host']} (`{owner['command']}`, since {owner['since']})"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just begun
+        return printable(f"process {owner['pid']} on {owner['host']} (`{owner['command']}`, since {owner['since']})")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has just begun
         return "another process"

@@ -12,7 +12,7 @@ import sys
 from typing import NoReturn
 
 from errors import EXIT_REQUEUE, command
-from watchdog import follow_parent
+from watchdog import PARENT, follow_parent
 
 
 def launch(arguments: list[str]) -> int:
@@ -52,6 +52,7 @@ def main() -> int:
         print(__doc__)
         return 0
     follow_parent()
+    os.environ[PARENT] = str(os.getpid())
     return launch(sys.argv[1:])
 
 

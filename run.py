@@ -3,13 +3,14 @@
 runs/NAME/ holds config.toml, env.json (one entry per start), log.jsonl (one object per record), checkpoints/.
 """
 
+import errno
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ class Run:
         self._writer = CheckpointWriter(cfg.folder, cfg.keep_checkpoints, cfg.async_checkpoint)
         self._log_file: Any = None
         self._trackers: list[Tracker] = []
-        self._tracked: set[tuple[int, bool]] = set()
         self._val_loss: float | None = None
         self._val_step: int | None = None
         self._start, self._clock, self._steps_timed = 0, time.perf_counter(), 0
@@ -190,9 +190,8 @@ class Run:
             if not validation:
                 record |= self._cost()
             self._write(record)
-            if (step, validation) not in self._tracked:
-                for tracker in self._trackers:
-                    tracker.log(record)
+            for tracker in self._trackers:
+                tracker.log(record)
             self._bar.show(record)
         self._restart_clock()
 
@@ -208,8 +207,9 @@ class Run:
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
-            self._log_file.write(json.dumps(record).encode() + b"\n")
-            self._log_file.flush()
+            line = json.dumps(record).encode() + b"\n"
+            if self._log_file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._error = f"{self._log_file.name}: not written ({error.strerror}); the last checkpoint is whole"
 
@@ -240,12 +240,11 @@ class Run:
             with atomic_write(self.folder / "config.toml", "w") as file:
                 file.write(to_toml(self.cfg))
             if log.exists():
-                self._tracked = records_after(log.read_bytes()[log_bytes:])
                 os.truncate(log, min(log_bytes, log.stat().st_size))
-            self._log_file = self._open_things.enter_context(open(log, "ab"))  # noqa: SIM115
+            self._log_file = self._open_things.enter_context(open(log, "ab", buffering=0))  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); --out_dir says where runs go") from None
-        self._trackers = make_trackers(self.cfg, self.folder)
+        self._trackers = make_trackers(self.cfg, self.folder, self._start, read_log(log.read_bytes()))
         for tracker in self._trackers:
             self._open_things.callback(tracker.close)
         self._open_things.callback(self._farewell)
@@ -260,7 +259,7 @@ class Run:
     def _earlier_starts(self) -> list[Any]:
         try:
             starts = json.loads((self.folder / "env.json").read_text()) if self._start else []
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return []
         return starts if isinstance(starts, list) else []
 
@@ -270,16 +269,13 @@ class Run:
             print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
 
 
-def records_after(text: bytes) -> set[tuple[int, bool]]:
-    """(step, whether of validation) of the whole records in `text`: a killed run's trackers have them already."""
-    found = set()
+def read_log(text: bytes) -> list[dict[str, Any]]:
+    """The whole records in `text`; a full disk or a power cut may have left part of one."""
+    found = []
     for line in text.split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-            found.add((record["step"], "val_loss" in record))
-        except (ValueError, KeyError, TypeError):  # what a full disk or a power cut left of a record
-            continue
-    return found
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict) and "step" in record]
 
 
 def check_same(state: State, cfg: Config, data: dict[str, Any]) -> None:

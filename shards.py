@@ -8,6 +8,7 @@ the order of their names, and usually a `manifest.json`.
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from errors import UserError
-from files import fsync_folder, sha256_file
+from files import fsync_folder, printable, sha256_file
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -26,17 +27,20 @@ MANIFEST = "manifest.json"
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
         raise ValueError(f"{name!r} is not a plain file name")
     return name
 
 
+FileName = Annotated[str, pydantic.AfterValidator(_plain)]  # cannot lead out of its folder
+
+
 class ShardEntry(BaseModel):
-    """A shard as manifest.json lists it; its name cannot lead out of the folder."""
+    """A shard as manifest.json lists it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    file: Annotated[str, pydantic.AfterValidator(_plain)]
+    file: FileName
     split: Literal["train", "val"]
     tokens: PositiveInt
     documents: NonNegativeInt = 0
@@ -168,23 +172,35 @@ def _open_bin(path: Path) -> np.ndarray:
 
 def _open_npy(path: Path) -> np.ndarray:
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy shard ({error})") from None
+        with warnings.catch_warnings(action="ignore"):  # of odd headers, refused below
+            tokens: Any = np.lib.format.open_memmap(path, mode="r")  # unlike np.load it reads no pickles and no archives
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: SyntaxError, TokenError, OverflowError, …
+        raise UserError(f"{path}: not a readable .npy shard ({printable(str(error))})") from None
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size == 0:
         raise UserError(f"{path}: expected a one-dimensional uint16 array, found {tokens.dtype} of shape {tokens.shape}")
+    size, promised = path.stat().st_size, tokens.offset + tokens.nbytes
+    if size != promised:
+        raise UserError(f"{path}: {size} bytes, but its header promises {promised}; it is damaged, prepare the data again")
     return tokens
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of `split` ("train" or "val") in `folder`, in the order of their names.
 
-    Raises UserError if the folder or the split is missing.
+    Raises UserError if the folder or the split is missing, or a name cannot be printed.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such data folder; `python prepare_fineweb.py --out {folder}` makes it")
-    found = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy") and split in p.name and p.name[0] != ".")
+    try:
+        paths = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such data folder; `python prepare_fineweb.py --out {folder}` makes it") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    found = [path for path in paths if path.suffix in (".bin", ".npy") and split in path.name and path.name[0] != "."]
+    if odd := [path.name for path in found if not path.name.isprintable()]:  # no message nor state.json could name it
+        raise UserError(f"{folder}: {odd[0]!r} is no name for a shard; rename it")
     if not found:
         raise UserError(
             f"{folder}: no *{split}*.bin or *{split}*.npy shard; `python prepare_fineweb.py --out {folder}` makes them"
@@ -211,4 +227,4 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def first_error(error: pydantic.ValidationError) -> str:
     """The first thing that is wrong, on one line: where, and what."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg'].removeprefix('Value error, ')}"
+    return printable(f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg'].removeprefix('Value error, ')}")

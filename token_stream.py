@@ -4,7 +4,6 @@ The stream is the end-of-text token before each document and the document's toke
 Which pieces make a batch depends on where a start continues, the tokens do not.
 """
 
-import json
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydantic
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from corpus import Piece, read_pieces
 from errors import UserError
 from files import write_json
-from shards import HEADER_BYTES, ShardWriter, read_manifest
+from shards import HEADER_BYTES, MANIFEST, ShardEntry, ShardWriter, first_error, read_manifest
 from sources import Source
 from tokenizer import Tokenizer
 
@@ -51,16 +52,37 @@ class Cursor:
     `null` and `empty` count the documents skipped before that piece.
     """
 
-    file: int = 0
-    item: int = 0
-    offset: int = 0
-    null: int = 0
-    empty: int = 0
+    file: NonNegativeInt = 0
+    item: NonNegativeInt = 0
+    offset: NonNegativeInt = 0
+    null: NonNegativeInt = 0
+    empty: NonNegativeInt = 0
 
     def passed(self, batch: Batch, n_pieces: int, offset: int) -> "Cursor":
         """The cursor `n_pieces` and `offset` tokens into `batch`, where this one was at the batch's beginning."""
         texts = [piece.text for piece in batch.pieces[:n_pieces]]
         return Cursor(batch.file, batch.item + n_pieces, offset, self.null + texts.count(None), self.empty + texts.count(""))
+
+
+class FinishedShard(ShardEntry):
+    """A shard as the progress file lists it, with the place in the stream where it ends."""
+
+    end: Cursor
+
+
+class Earlier(BaseModel):
+    """What an earlier start's manifest and progress file say of how it would go on, besides its terms."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    files: list[Any] = []
+    revision: str | None = None
+
+
+class Unfinished(Earlier):
+    """The progress file."""
+
+    shards: list[FinishedShard] = []
 
 
 def read_batches(source: Source, start: Cursor) -> Generator[Batch, None, None]:
@@ -213,18 +235,23 @@ class ShardFolder:
 
 
 def read_earlier(out: Path) -> tuple[dict[str, Any], bool]:
-    """What an earlier start left in `out`, its manifest or its progress file, {} if nothing; and whether it finished."""
-    manifest = read_manifest(out)
-    if manifest is not None:
-        return manifest, True
+    """What an earlier start left in `out`, its manifest or its progress file, {} if nothing; and whether it finished.
+
+    Raises UserError where it is damaged, names files outside `out`, or shards are there without it.
+    """
+    path = out / MANIFEST
     try:
-        return json.loads((out / PROGRESS).read_text()), False
+        manifest = read_manifest(out)
+        if manifest is not None:
+            return Earlier.model_validate(manifest).model_dump(), True
+        path = out / PROGRESS
+        return Unfinished.model_validate_json(path.read_bytes()).model_dump(), False
     except FileNotFoundError:
         if any(path.suffix in (".bin", ".npy") for path in out.iterdir()):
             raise UserError(f"{out}: holds shards that this command did not write; choose another --out") from None
         return {}, False
-    except ValueError as error:
-        raise UserError(f"{out / PROGRESS}: damaged ({error}); delete {out} or choose another --out") from None
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: damaged ({first_error(error)}); delete {out} or choose another --out") from None
 
 
 def refuse_other_work(out: Path, earlier: dict[str, Any], terms: dict[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """Who watches a run: the terminal, Weights & Biases, TensorBoard. Each takes the records of log.jsonl."""
 
 import secrets
+import struct
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,20 +23,27 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def make_trackers(cfg: Config, folder: Path) -> list[Tracker]:
-    """Those that `cfg` switches on, for the run in `folder`. Each record must be logged once, whatever became of the run."""
+def make_trackers(cfg: Config, folder: Path, start: int, log: list[dict[str, Any]]) -> list[Tracker]:
+    """Those that `cfg` switches on, for the run in `folder`, which goes on from step `start` with this much in its log.
+
+    What a killed run had logged beyond `start` comes again; each tracker sees to it that it counts once.
+    """
     trackers: list[Tracker] = []
     if cfg.wandb != "disabled":
-        trackers.append(WandB(cfg, folder))
+        trackers.append(WandB(cfg, folder, log))
     if cfg.tensorboard:
-        trackers.append(TensorBoard(folder))
+        trackers.append(TensorBoard(folder, start, [record for record in log if record["step"] == start]))
     return trackers
 
 
 class WandB:
-    """Weights & Biases; a continued run goes on under the id kept in the run folder."""
+    """Weights & Biases; a continued run goes on under the id kept in the run folder.
 
-    def __init__(self, cfg: Config, folder: Path) -> None:
+    Offline, records that an earlier start has in its file are left out, and those it was killed before writing are made up for.
+    Online, what a killed run may or may not have sent after its checkpoint is sent again, with the values it had.
+    """
+
+    def __init__(self, cfg: Config, folder: Path, log: list[dict[str, Any]]) -> None:
         try:
             import wandb
         except ImportError:
@@ -41,6 +51,7 @@ class WandB:
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
+        self._held = wandb_history(folder) if cfg.wandb == "offline" else Counter()
         try:
             self._run = wandb.init(
                 project=cfg.wandb_project, name=cfg.name, id=id_file.read_text(), resume="allow", mode=cfg.wandb,
@@ -50,29 +61,69 @@ class WandB:
             self._run.define_metric("*", step_metric="step")
         except wandb.errors.Error as error:
             raise UserError(f"wandb = {cfg.wandb!r}: {error}; --wandb=offline needs no account") from None
+        for record in log if cfg.wandb == "offline" else []:
+            self.log(record)
 
     def log(self, record: dict[str, Any]) -> None:
-        self._run.log({key: value for key, value in record.items() if value is not None})
+        if (record["step"], "val_loss" in record) not in self._held:
+            self._run.log({key: value for key, value in record.items() if value is not None})
 
     def close(self) -> None:
         self._run.finish()
 
 
-class TensorBoard:
-    """TensorBoard event files in the run folder."""
+def wandb_history(folder: Path) -> Counter[tuple[int, bool]]:
+    """How often wandb's offline files in a run folder hold each record: (step, whether it is a validation)."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    def __init__(self, folder: Path) -> None:
+    found: Counter[tuple[int, bool]] = Counter()
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        for data in leveldb_records(path.read_bytes()[7:]):  # after wandb's own header
+            history = Record.FromString(data).history
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
+            if "step" in items:
+                found[int(items["step"]), "val_loss" in items] += 1
+    return found
+
+
+def leveldb_records(raw: bytes) -> Iterator[bytes]:
+    """The records in LevelDB's log format (blocks of 32 KiB; seven bytes of checksum, length and kind before each part).
+
+    A part that a killed writer left unfinished, and what follows it in its block, is passed over.
+    """
+    parts: list[bytes] = []
+    offset = 7  # the blocks are counted from wandb's header on
+    while offset <= len(raw):
+        left = 32768 - offset % 32768
+        if left < 7:
+            offset += left
+            continue
+        at = offset - 7
+        length, kind = struct.unpack_from("<HB", raw, at + 4)
+        if kind not in (1, 2, 3, 4) or at + 7 + length > len(raw):
+            return
+        parts = [*parts, raw[at + 7 : at + 7 + length]] if kind in (3, 4) else [raw[at + 7 : at + 7 + length]]
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+        offset += 7 + length
+
+
+class TensorBoard:
+    """TensorBoard event files in the run folder; a continued run takes back what came after its checkpoint."""
+
+    def __init__(self, folder: Path, start: int, at_start: list[dict[str, Any]]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("tensorboard = true: `pip install tensorboard`, or --tensorboard=false") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        for record in at_start:  # taken back with the rest, though the checkpoint had seen it
+            self.log(record)
 
     def log(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(key, value, record["step"])
-        self._writer.flush()  # a killed run has logged what its log.jsonl says
 
     def close(self) -> None:
         self._writer.close()

@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
-from errors import EXIT_LOST_RANK
+from errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 BEAT_S = 0.5
 PARENT = "CAROPE_PARENT"  # in the environment: the process that starts this one and should not be outlived
@@ -25,12 +25,17 @@ PARENT = "CAROPE_PARENT"  # in the environment: the process that starts this one
 def follow_parent() -> None:
     """Be told by SIGTERM when torchrun, launch.py or table1.py, having started this process, ends, even by SIGKILL.
 
-    Else a run would go on alone and hold its folder. Linux only.
+    Else a run would go on alone and hold its folder. Raises SystemExit where it has ended already. Linux only.
     """
     PR_SET_PDEATHSIG = 1
-    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(PARENT) == str(os.getppid()):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = os.environ.get(PARENT)
+    if parent is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if parent is not None and parent != str(os.getppid()):
+            print("error: the process that started this one is gone", file=sys.stderr)
+            raise SystemExit(EXIT_REQUEUE)
 
 
 class Report(NamedTuple):
@@ -52,7 +57,8 @@ class Watchdog:
         self._beats, self._passed, self._place, self._since = 0, 0, "starting", time.monotonic()
         self._store = self._connect()
         self._stop = threading.Event()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
 
     def at(self, place: str) -> None:
         """This rank has come to `place`, e.g. "step 12, micro-step 3, computing"."""
@@ -60,8 +66,9 @@ class Watchdog:
         self._passed += 1
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching. A thread left inside the store when Python ends would end the process by SIGABRT."""
         self._stop.set()
+        self._thread.join(timeout=5)
 
     def lost(self) -> str | None:
         """In words, the ranks that have fallen silent; None where all of them still send. Takes two seconds."""

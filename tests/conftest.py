@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,10 +30,37 @@ def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str
     return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, env=env, **kwargs)
 
 
+def start_command(*args: object, **kwargs) -> subprocess.Popen[str]:
+    """Start a script of the repository in a process group of its own; stderr is captured."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    command = [sys.executable, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+
+
+def wait_until(child: subprocess.Popen[str], condition: Callable[[], object], seconds: float = 120) -> None:
+    """Return once `condition` holds; it must come to hold in time, while the child lives."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def logged(folder: Path) -> int:
+    """Number of records in a run's log."""
+    log = folder / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
 def records(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu", "peak_memory_bytes")} for r in lines]
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": round(statistics.median(seconds), 3), "min": round(min(seconds), 3), "max": round(max(seconds), 3)}
 
 
 def newest_sums(folder: Path) -> dict[str, str]:

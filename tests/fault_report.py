@@ -92,3 +92,48 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         "faults": rows,
     }
     Path(path).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+
+
+def render_figures(faults: dict[str, Any], soak: dict[str, Any]) -> str:
+    """The table of docs/reliability.md from results/faults.json and results/soak.json."""
+    figures: dict[str, Any] = {}
+    for row in faults["faults"]:
+        figures |= row["figures"]
+    kills = {row["test"].split("::")[1]: row["figures"] for row in soak["faults"]}
+    training = kills["test_training_on_two_ranks"]
+    leaving = [row["figures"]["leaving_s"] for row in faults["faults"] if "leaving_s" in row["figures"]]
+    size = f"GPT-Tiny, {figures['bytes'] / 1e6:,.0f} MB with AdamW's averages"
+    rows = [
+        ("faults injected, and promises that held", f"{len(faults['faults'])}, {faults['held']}"),
+        *((f"SIGKILLs survived, {name[5:].replace('_', ' ')}", str(found["kills"])) for name, found in kills.items()),
+        ("from the start of a killed run to its next step, two ranks", seconds(training["start_to_first_step_s"])),
+        (f"step stall of a checkpoint, {size}", seconds(figures["sync_stall_s"])),
+        ("the same with --async_checkpoint=true", seconds(figures["async_stall_s"])),
+        ("the same until it is safe on disk", seconds(figures["async_until_safe_s"])),
+        ("loading and verifying it", seconds(figures["load_and_verify_s"])),
+        ("from a signal until the processes are gone, small models", f"{max(leaving):.1f} s at most, n = {len(leaving)}"),
+    ]
+    table = "".join(f"| {what} | {figure} |\n" for what, figure in rows)
+    machines = " / ".join(dict.fromkeys(report["machine"] for report in (faults, soak)))
+    return (
+        f"| what | measured |\n|---|---|\n{table}\nMedian (least to most). Commit {faults['git'][:7]} (`make faults`) and "
+        f"{soak['git'][:7]} (`make soak`, seed {training['seed']}), {faults['date'][:10]}, on {machines}.\n"
+    )
+
+
+def seconds(spread: dict[str, float]) -> str:
+    """A spread as text: 1.2 s (1.1 to 1.3)."""
+    return f"{spread['median']:.2f} s ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def update_docs() -> None:
+    """Put the figures of the last committed reports into docs/reliability.md."""
+    root = Path(__file__).parents[1]
+    page = root / "docs/reliability.md"
+    reports = [json.loads((root / f"results/{name}.json").read_text()) for name in ("faults", "soak")]
+    before, rest = page.read_text().split("<!-- figures -->\n")
+    page.write_text(f"{before}<!-- figures -->\n{render_figures(*reports)}<!-- end -->{rest.split('<!-- end -->')[1]}")
+
+
+if __name__ == "__main__":
+    update_docs()

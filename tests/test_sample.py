@@ -1,9 +1,12 @@
 """Sampling through its command."""
 
+import json
 import shutil
 
 import pytest
 from conftest import run_command
+
+from checkpoint import sealed
 
 
 def test_prompts_samples_and_seeds(runs, tmp_path):
@@ -38,7 +41,7 @@ def test_past_the_training_length_unless_the_encoding_cannot(runs):
 def test_a_run_whose_tokenizer_nobody_recorded_is_refused(runs, tmp_path):
     shutil.copytree(runs / "carope", tmp_path / "r")
     (state,) = tmp_path.glob("r/checkpoints/*/state.json")
-    state.write_text(state.read_text().replace('"tokenizer": "bytes"', '"tokenizer": "gpt2"'))
+    state.write_text(sealed(json.loads(state.read_text()) | {"tokenizer": "gpt2"}))
     done = run_command("sample.py", tmp_path / "r")
     assert done.returncode == 2 and "320 ids are fewer than the 50257 of 'gpt2'" in done.stderr
 

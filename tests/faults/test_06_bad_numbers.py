@@ -32,7 +32,10 @@ def assert_clean(run: Path) -> None:
     assert all(math.isfinite(r["loss"]) for r in records(run) if "loss" in r)
 
 
-@pytest.mark.parametrize(("what", "where"), [("nan_loss", "output of the loss"), ("nan_gradient", "gradient of ")])
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [pytest.param("nan_loss", "output of the loss", marks=pytest.mark.slow), ("nan_gradient", "gradient of ")],
+)
 def test_nan_on_one_of_two_ranks_stops_both_before_the_update(fault, small, tmp_path, what, where):
     happened = fault(f"{what.replace('_', ' of the ')} on rank 1 of two, step 5, micro-step 1")
     done = inject(f"{what} 1 5 1", *small, *WORDS, ranks=2)
@@ -74,7 +77,7 @@ def test_a_replayed_step_has_the_loss_it_had(small, tmp_path, capsys):
 SPIKE = ["--encoding=rope", "--name=r", "--steps=40", "--save_every=36"]
 
 
-@pytest.mark.parametrize("mode", ["warn", "skip", "stop"])
+@pytest.mark.parametrize("mode", [pytest.param("warn", marks=pytest.mark.slow), "skip", "stop"])
 def test_a_spike_is_treated_as_asked(fault, small, tmp_path, mode):
     happened = fault(f"a loss 30 times too large in one micro-step of step 37, --on_spike={mode}")
     done = inject("spike 0 37", *small, *SPIKE, f"--on_spike={mode}")
@@ -89,6 +92,7 @@ def test_a_spike_is_treated_as_asked(fault, small, tmp_path, mode):
     happened(line)
 
 
+@pytest.mark.slow
 def test_a_skipped_spike_leaves_the_weights_and_survives_a_resume(small, tmp_path, monkeypatch):
     """The same run without the update of step 37, made by hand, ends with the same weights; so does one resumed at 36."""
     words = [*small, *SPIKE, "--on_spike=skip"]

@@ -1,0 +1,71 @@
+"""Two processes on one run folder: the second is refused and told who holds it; a killed owner holds nothing."""
+
+import json
+import signal
+
+import pytest
+from conftest import logged, run_command, start_command, wait_until
+
+import run as run_module
+from checkpoint import list_checkpoints
+from config import load_config
+from errors import UserError
+from train import train
+
+
+def starts(run) -> int:
+    return len(json.loads((run / "env.json").read_text()))
+
+
+def test_the_second_process_is_refused_and_a_killed_owner_holds_nothing(fault, small, tmp_path, monkeypatch):
+    happened = fault("a second train.py on a run folder; then kill -9 of the first and another start")
+    monkeypatch.setattr(run_module, "LOCK_PATIENCE_S", 0.5)
+    words = [*small, "--encoding=carope", "--name=r"]
+    child = start_command("train.py", *words, "--steps=100000", "--save_every=2")
+    wait_until(child, lambda: logged(tmp_path / "r") > 5)
+    before = logged(tmp_path / "r")
+    with pytest.raises(UserError) as refused:
+        train(load_config([*words, "--steps=100000", "--save_every=2"]))
+    message = str(refused.value)
+    assert f"process {child.pid} on " in message and "train.py" in message and "is at work there" in message
+    assert "\n" not in message and logged(tmp_path / "r") >= before and child.poll() is None
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    held = list_checkpoints(tmp_path / "r")[-1]
+    assert (tmp_path / "r/.lock").exists(), "the owner had no time to tidy up"
+    child = start_command("train.py", *words, "--steps=100000", "--save_every=2")
+    wait_until(child, lambda: starts(tmp_path / "r") == 2 and list_checkpoints(tmp_path / "r")[-1] > held)
+    child.terminate()
+    child.communicate()
+    assert not (tmp_path / "r/.lock").exists()
+    happened(message[message.index("process") :])
+
+
+@pytest.mark.slow
+def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
+    happened = fault("a start while the run before it is still saving")
+    words = [*small, "--encoding=carope", "--name=r", "--n_embd=512", "--n_layer=4"]
+    child = start_command("train.py", *words, "--steps=100000", "--save_every=100000")
+    wait_until(child, lambda: logged(tmp_path / "r") > 1)
+    child.terminate()
+    done = run_command("train.py", *words, "--steps=100000", "--replay_step=0")  # only reads: needs no lock
+    assert done.returncode == 0, done.stderr
+    child.communicate()
+    holder = start_command("-c", HOLD, tmp_path / "r")
+    wait_until(holder, lambda: (tmp_path / "r/held").exists())
+    after = start_command("train.py", *words, "--steps=100000")
+    wait_until(after, lambda: starts(tmp_path / "r") == 2)
+    assert holder.wait() == 0
+    after.terminate()
+    assert "from step" in after.communicate()[1]
+    happened("it waited until the folder was free (ten seconds at most) and went on from there")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from files import locked
+with locked(Path(sys.argv[1])):
+    (Path(sys.argv[1]) / "held").touch()
+    time.sleep(9)
+"""
