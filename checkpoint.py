@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 
 from config import Config
 from data import ShardRecord
-from errors import UserError
-from files import fsync_folder, printable, sha256_file
+from errors import UserError, printable
+from files import fsync_folder, sha256_file
 from model import GPT
 from shards import first_error
 

@@ -9,6 +9,11 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the sa
 EXIT_LOST_RANK = 71  # EX_OSERR: another rank died or hangs; the same command goes on from the last checkpoint
 
 
+def printable(text: str) -> str:
+    """`text` out of a file, fit for a message: a space for whatever would break the line or the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 class UserError(Exception):
     """Something the user can put right; the message says what, where, the limit and the way out.
 
@@ -16,7 +21,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, alone: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.alone = alone
 
 

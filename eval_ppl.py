@@ -59,7 +59,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        return math.inf if self.nll > 700 else math.exp(self.nll)
 
     @property
     def stderr(self) -> float:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from errors import UserError
+from errors import UserError, printable
 
 LOCK = ".lock"
 
@@ -55,11 +55,6 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
-
-
-def printable(text: str) -> str:
-    """`text` out of a file, fit for a message: a space for whatever would break the line or the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 @contextmanager

@@ -152,7 +152,8 @@ class CARoPE(RoPE):
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.W.weight)
-        nn.init.constant_(self.W.bias, math.log(math.expm1(1 / self.theta - 1)))
+        y = 1 / self.theta - 1
+        nn.init.constant_(self.W.bias, y if y > 30 else math.log(math.expm1(y)))  # softplus⁻¹(y)
 
     def frequency(self, x_BTC: Tensor) -> Tensor:
         """f(x_t)_h in (0, 1), (B, H, T) fp32."""

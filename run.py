@@ -5,6 +5,7 @@ runs/NAME/ holds config.toml, env.json (one entry per start), log.jsonl (one obj
 
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -179,6 +180,11 @@ class Run:
     def log(self, step: int, **values: float) -> None:
         """Append a record: `values` and what they cost. Validation records are those with a val_loss."""
         validation = "val_loss" in values
+        if validation and not math.isfinite(values["val_loss"]):  # the same on every rank
+            raise UserError(
+                f"step {step}: validation loss {values['val_loss']}; stopped, the last checkpoint is of step {self._saved[0]}; "
+                f"a lower --lr (now {self.cfg.lr}) may help"
+            )
         if validation:
             self._val_loss, self._val_step = values["val_loss"], step
         else:

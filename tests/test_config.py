@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 
 from config import Config, grad_accum, load_config, to_toml
 from errors import UserError
+from model import GPT
 from positional import ENCODINGS
+
+
+def test_carope_of_head_width_2_starts():
+    """f⁰ = 1 for its one pair: W does nothing, and its bias must not overflow."""
+    cfg = load_config(["--encoding=carope", "--n_embd=8", "--n_head=4", "--n_layer=1", "--vocab_size=9"])
+    assert GPT(cfg).wpe.W.bias.isfinite().all()
+
+
+def test_a_message_is_one_line_whatever_is_quoted_in_it():
+    assert str(UserError("a\nb\x1b[31m.toml: no")) == "a b [31m.toml: no"
 
 
 def test_files_are_layered_and_the_command_line_goes_on_top(tmp_path):

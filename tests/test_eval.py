@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from checkpoint import load_model
 from data import TokenStream
 from distributed import Distributed
-from eval_ppl import evaluate, evaluate_run, render
+from eval_ppl import Evaluation, evaluate, evaluate_run, render
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 
@@ -27,6 +27,10 @@ def by_hand(model, tokens: np.ndarray, length: int) -> tuple[list[float], list[l
             logp = model(piece[None, :-1])[0].double().log_softmax(-1)
         windows.append((-logp.gather(1, piece[1:, None])[:, 0]).tolist())
     return [nll for window in windows for nll in window], windows
+
+
+def test_a_perplexity_beyond_floating_point_is_infinite():
+    assert Evaluation(800.0, 1.0, 10).perplexity == math.inf and math.isnan(Evaluation(math.nan, 1.0, 10).perplexity)
 
 
 @pytest.mark.parametrize("length", [1, 20, 32, 100])

@@ -74,6 +74,14 @@ def test_a_replayed_step_has_the_loss_it_had(small, tmp_path, capsys):
         train(load_config([*small, *WORDS, "--replay_step=8"]))
 
 
+def test_a_validation_that_is_not_finite_is_no_checkpoint(fault, small, tmp_path):
+    happened = fault("weights so large that the validation loss is infinite or NaN, a checkpoint due at every step")
+    with pytest.raises(UserError, match=r"step \d: (validation )?loss (nan|inf).*a lower --lr") as error:
+        train(load_config([*small, *WORDS, "--save_every=1", "--eval_every=1", "--lr=1e30", "--min_lr=0", "--warmup_steps=0"]))
+    assert_clean(tmp_path / "r")
+    happened(str(error.value))
+
+
 SPIKE = ["--encoding=rope", "--name=r", "--steps=40", "--save_every=36"]
 
 

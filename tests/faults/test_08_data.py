@@ -336,7 +336,7 @@ def test_a_shard_changed_between_start_and_resume_is_refused(fault, home, change
     message = refusal(words_of(home))
     assert message.split(": ", 1)[0].endswith(f"/{named}") and expected in message
     assert before == {path: path.stat().st_mtime_ns for path in (home / "r").rglob("*") if path.is_file()}
-    happened(f"refused, the run folder as it was: {message.split(': ', 1)[1]}")
+    happened(f"refused, the run folder as it was: {message.split(': ', 1)[1].replace(f'{home}/', '')}")
 
 
 def copy_anew(folder: Path) -> None:

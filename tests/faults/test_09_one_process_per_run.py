@@ -38,7 +38,7 @@ def test_the_second_process_is_refused_and_a_killed_owner_holds_nothing(fault, s
     child.terminate()
     child.communicate()
     assert not (tmp_path / "r/.lock").exists()
-    happened(message[message.index("process") :])
+    happened(message[message.index("process ") :])
 
 
 @pytest.mark.slow

@@ -1,0 +1,31 @@
+"""docs/: every figure has a file behind it, every promise a test."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+from fault_report import render_figures
+
+PAGE = (ROOT / "docs/reliability.md").read_text()
+
+
+def test_the_figures_of_reliability_are_those_of_the_reports():
+    reports = [json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("faults", "soak")]
+    assert f"<!-- figures -->\n{render_figures(*reports)}<!-- end -->" in PAGE
+    for report in reports:
+        assert {"command", "date", "git", "machine", "n", "held", "faults"} <= set(report)
+        assert [row["fault"] for row in report["faults"] if row["verdict"] != "held"] == []
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_every_promise_has_its_test(number):
+    (path,) = (ROOT / "tests/faults").glob(f"test_{number:02}_*.py")
+    assert f"`tests/faults/{path.name}`" in PAGE
+
+
+def test_every_option_the_page_names_exists():
+    from config import Config
+
+    for key in re.findall(r"--(\w+_\w+)", PAGE):
+        assert key in Config.model_fields or key == "nproc_per_node", key
