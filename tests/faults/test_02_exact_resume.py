@@ -60,7 +60,8 @@ def test_other_numbers_of_ranks_see_the_same_batches(fault, small, tmp_path):
     happened(f"the losses differ by {worst:.1g} at most", relative_difference=worst)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_wandb_and_tensorboard_go_on_without_gap_or_repetition(fault, small, tmp_path, number):
     happened = fault(f"{number.name} in the middle of a run that logs to wandb (offline) and TensorBoard")
     words = [*small, *WORDS, "--name=r", "--steps=200", "--save_every=40", "--wandb=offline", "--tensorboard=true"]

@@ -104,7 +104,8 @@ def test_signals_during_the_save_lose_nothing(fault, small, tmp_path):
     happened(f"the checkpoint is whole, exit code {EXIT_REQUEUE}", leaving_s=round(seconds, 1))
 
 
-@pytest.mark.parametrize("step", [pytest.param(4, marks=SLOW), 8])
+@SLOW
+@pytest.mark.parametrize("step", [4, 8])
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(fault, small, tmp_path, step):
     """Step 8 is the last: the weights are final, what remains is the evaluation, and the next start makes up for it."""
     happened = fault(f"SIGTERM in the evaluation of step {step} of 8")

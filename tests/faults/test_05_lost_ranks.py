@@ -73,7 +73,8 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(fault, small, what):
     happened(line[7:], run_s=round(seconds, 1))
 
 
-@pytest.mark.parametrize("what", ["die", STOP])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["die", "stop"])
 def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_path, what):
     happened = fault({"die": "SIGKILL", "stop": "SIGSTOP"}[what] + " of rank 1 at step 5, torchrun --max-restarts=3")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]

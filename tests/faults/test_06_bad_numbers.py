@@ -85,7 +85,7 @@ def test_a_validation_that_is_not_finite_is_no_checkpoint(fault, small, tmp_path
 SPIKE = ["--encoding=rope", "--name=r", "--steps=40", "--save_every=36"]
 
 
-@pytest.mark.parametrize("mode", [pytest.param("warn", marks=pytest.mark.slow), "skip", "stop"])
+@pytest.mark.parametrize("mode", [*[pytest.param(mode, marks=pytest.mark.slow) for mode in ("warn", "stop")], "skip"])
 def test_a_spike_is_treated_as_asked(fault, small, tmp_path, mode):
     happened = fault(f"a loss 30 times too large in one micro-step of step 37, --on_spike={mode}")
     done = inject("spike 0 37", *small, *SPIKE, f"--on_spike={mode}")
