@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from config import Config
 from data import ShardRecord
-from errors import UserError, printable
+from errors import UserError
 from files import fsync_folder, sha256_file
 from model import GPT
 from shards import first_error
@@ -58,7 +58,7 @@ class State(BaseModel):
     def _possible(self) -> "State":
         steps = self.config.get("steps")
         if not isinstance(steps, int) or self.step > steps:
-            raise ValueError(f"step {self.step} of {printable(repr(steps))} steps")
+            raise ValueError(f"step {self.step} of {steps!r} steps")
         return self
 
     @property
@@ -285,11 +285,11 @@ def read_tensors(path: Path, expected: dict[str, Tensor], also: tuple[str, ...] 
             for name in sorted(n for n in shapes.keys() | expected.keys() if not n.startswith(also)):
                 here, there = shapes.get(name), list(expected[name].shape) if name in expected else None
                 if here != there:
-                    what = f"{printable(name)} has shape {'none' if here is None else here}"
+                    what = f"{name} has shape {'none' if here is None else here}"
                     raise UserError(f"{path}: {what}, the model's is {'none' if there is None else there}")
             found = {name: file.get_tensor(name) for name in shapes}
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({printable(str(error))})") from None
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     for name, tensor in expected.items():
         if found[name].dtype != tensor.dtype:
             raise UserError(f"{path}: {name} is {found[name].dtype}, the model's is {tensor.dtype}")
@@ -315,7 +315,7 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
         if f"{RNG}cuda" in found and torch.cuda.is_available():
             torch.cuda.set_rng_state(found[f"{RNG}cuda"])
     except (KeyError, RuntimeError, TypeError) as error:
-        why = printable(str(error))
+        why = error
         raise UserError(f"{path / OPTIMIZER}: no state of the random-number generators in it ({why})") from None
 
 

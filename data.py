@@ -62,18 +62,20 @@ class TokenStream:
 
     def locate(self, start: int) -> str:
         """Where token `start` of the stream lies, in words: the shard and the token in it."""
-        start %= len(self)
+        index, offset = self._find(start % len(self))
+        return f"{self.paths[index]}, token {offset}"
+
+    def _find(self, start: int) -> tuple[int, int]:
+        """The shard that holds token `start` of the stream, and the token in it."""
         index = int(np.searchsorted(self.ends, start, side="right"))
-        return f"{self.paths[index]}, token {start - int(self.ends[index]) + len(self.shards[index])}"
+        return index, start - int(self.ends[index]) + len(self.shards[index])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start+count−1, (count,) uint16; positions are taken modulo the length of the stream."""
         parts, need, start = [], count, start % len(self)
         while need:
-            index = int(np.searchsorted(self.ends, start, side="right"))
-            shard = self.shards[index]
-            offset = start - int(self.ends[index]) + len(shard)
-            part = shard[offset : offset + need]
+            index, offset = self._find(start)
+            part = self.shards[index][offset : offset + need]
             if part.max() >= self.vocab_size:
                 self._refuse_id(self.paths[index], offset + int(part.argmax()), int(part.max()))
             parts.append(part)

@@ -82,8 +82,7 @@ class Distributed:
             dist.destroy_process_group()
 
     def _explain(self, error: RuntimeError) -> None:
-        lost = self._watchdog.lost() if self._watchdog else None
-        if self._watchdog is None or lost is None:
+        if not self._watchdog or not (lost := self._watchdog.lost()):
             return
         if self._watchdog.is_first_to_say(lost):
             reason = str(error).strip().splitlines()[-1]

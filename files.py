@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from errors import UserError, printable
+from errors import UserError
 
 LOCK = ".lock"
 
@@ -104,6 +104,6 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 def _owner(path: Path) -> str:
     try:
         owner = json.loads(path.read_text())
-        return printable(f"process {owner['pid']} on {owner['host']} (`{owner['command']}`, since {owner['since']})")
+        return f"process {owner['pid']} on {owner['host']} (`{owner['command']}`, since {owner['since']})"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it has just begun
         return "another process"

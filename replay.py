@@ -8,8 +8,6 @@ goes to the newest checkpoint at or before the step, takes the steps between, an
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.optim import Optimizer
-
 from checkpoint import State, newest_checkpoint
 from errors import UserError
 from guard import MicroStep, inspect_step
@@ -49,9 +47,6 @@ class Replay(Run):
     def save_due(self, step: int) -> bool:
         """Never."""
         return False
-
-    def save(self, step: int, model: GPT, optimizer: Optimizer) -> None:
-        """Nothing."""
 
     def log(self, step: int, **values: float) -> None:
         """Nothing."""

@@ -18,7 +18,7 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from errors import UserError, printable
+from errors import UserError
 from files import fsync_folder, sha256_file
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
@@ -177,7 +177,7 @@ def _open_npy(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # numpy reads the header as Python: SyntaxError, TokenError, OverflowError, …
-        raise UserError(f"{path}: not a readable .npy shard ({printable(str(error))})") from None
+        raise UserError(f"{path}: not a readable .npy shard ({error})") from None
     if tokens.dtype != np.uint16 or tokens.ndim != 1 or tokens.size == 0:
         raise UserError(f"{path}: expected a one-dimensional uint16 array, found {tokens.dtype} of shape {tokens.shape}")
     size, promised = path.stat().st_size, tokens.offset + tokens.nbytes
@@ -227,4 +227,4 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def first_error(error: pydantic.ValidationError) -> str:
     """The first thing that is wrong, on one line: where, and what."""
     first = error.errors()[0]
-    return printable(f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg'].removeprefix('Value error, ')}")
+    return f"{'.'.join(map(str, first['loc'])) or 'its text'}: {first['msg'].removeprefix('Value error, ')}"
