@@ -78,7 +78,7 @@ def wandb_history(folder: Path) -> Counter[tuple[int, bool]]:
 
     found: Counter[tuple[int, bool]] = Counter()
     for path in folder.glob("wandb/offline-run-*/*.wandb"):
-        for data in leveldb_records(path.read_bytes()[7:]):  # after wandb's own header
+        for data in leveldb_records(path.read_bytes()):
             history = Record.FromString(data).history
             items = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
             if "step" in items:
@@ -89,23 +89,22 @@ def wandb_history(folder: Path) -> Counter[tuple[int, bool]]:
 def leveldb_records(raw: bytes) -> Iterator[bytes]:
     """The records in LevelDB's log format (blocks of 32 KiB; seven bytes of checksum, length and kind before each part).
 
-    A part that a killed writer left unfinished, and what follows it in its block, is passed over.
+    They end at a part that a killed writer left unfinished.
     """
     parts: list[bytes] = []
-    offset = 7  # the blocks are counted from wandb's header on
-    while offset <= len(raw):
-        left = 32768 - offset % 32768
+    at = 7  # after wandb's own header
+    while at + 7 <= len(raw):
+        left = 32768 - at % 32768
         if left < 7:
-            offset += left
+            at += left
             continue
-        at = offset - 7
         length, kind = struct.unpack_from("<HB", raw, at + 4)
         if kind not in (1, 2, 3, 4) or at + 7 + length > len(raw):
             return
         parts = [*parts, raw[at + 7 : at + 7 + length]] if kind in (3, 4) else [raw[at + 7 : at + 7 + length]]
         if kind in (1, 4):  # whole, or the last part
             yield b"".join(parts)
-        offset += 7 + length
+        at += 7 + length
 
 
 class TensorBoard:

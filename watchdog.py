@@ -1,6 +1,6 @@
 """Which rank is behind: every rank tells the others where it is, and none waits forever for one that is gone.
 
-Each rank writes its place (a counter and words) into the process group's key-value store about once a second, from a
+Each rank writes its place (a counter and words) into the process group's key-value store twice a second, from a
 thread of its own, so that a rank that is busy or waiting still shows that it lives. Works alike for gloo and NCCL.
 """
 
