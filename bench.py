@@ -1,0 +1,71 @@
+"""Speed and memory, measured: each candidate interleaved with the others, medians and their spread, ratios within one run.
+
+    python bench.py train config/tiny.toml --micro_batch=4 --encodings rope carope
+    python bench.py train config/small.toml --synthetic --vs ../nanoGPT
+    python bench.py decode config/small.toml
+    python bench.py all --tiny --json results/bench.json
+
+`bench.py COMMAND --help` says what each measures. The last line printed is one JSON object.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, command
+from files import write_json
+
+COMMANDS = ("train", "eval", "decode", "data", "prepare", "all")
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what is left of it for the configuration."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"benchmarks.{name}_speed")
+        doc = (module.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name, help=doc.splitlines()[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--json", metavar="FILE", help="also write the result there")
+        sub.set_defaults(module=module)
+    return parser.parse_known_args(argv)
+
+
+def conditions() -> dict[str, Any]:
+    """What stands beside every figure: command, commit, versions, machine."""
+    import torch
+
+    from distributed import pick_device
+    from provenance import device_name, git_version
+
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "git": git_version(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "device": device_name(pick_device("auto")),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@command
+def main() -> None:
+    """Run the benchmark the command line names; the last line is its result."""
+    args, rest = parse_args(sys.argv[1:])
+    result = conditions() | args.module.run(args, rest)
+    if args.json:
+        write_json(Path(args.json), result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Timing that survives a noisy machine: candidates interleaved round by round, medians, ratios within a round."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Work = Callable[[], object]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    candidates: Mapping[str, Work], rounds: int, warmup: int = 1, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each of `rounds` rounds, after `warmup` rounds that do not count.
+
+    In every round each candidate runs once, in an order that moves on by one from round to round, so that none always follows the
+    same other one.
+    """
+    device, names = device or torch.device("cpu"), list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize(device)
+            begin = time.perf_counter()
+            candidates[name]()
+            synchronize(device)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def spread(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
+    """`n` times as `ms_median`, `ms_p10`, `ms_p90`, and `tokens_per_second` at the median, for `tokens` tokens each."""
+    ordered = sorted(seconds)
+    return {
+        "n": len(ordered),
+        "ms_median": round(1e3 * statistics.median(ordered), 3),
+        "ms_p10": round(1e3 * ordered[round(0.1 * (len(ordered) - 1))], 3),
+        "ms_p90": round(1e3 * ordered[round(0.9 * (len(ordered) - 1))], 3),
+        "tokens_per_second": round(tokens / statistics.median(ordered), 1),
+    }
+
+
+def speedup(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    """How many times as fast as `baseline`: the median over rounds of the ratio within the round."""
+    return round(statistics.median(b / s for s, b in zip(seconds, baseline, strict=True)), 4)
+
+
+def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Work, int]:
+    """A square matrix product in `dtype`, large enough to run at the device's rate, and its FLOPs."""
+    size = 8192 if device.type == "cuda" else 4096
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    return lambda: torch.mm(a, b, out=out), 2 * size**3
