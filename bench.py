@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, command
+import host  # noqa: F401  before torch, which reads what it sets
+from errors import command
 from files import write_json
 
 COMMANDS = ("train", "eval", "decode", "data", "prepare", "all")

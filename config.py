@@ -22,10 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from errors import UserError
 
-# On a CPU that others use too, threads that spin for each other long hold up each other. This is read when torch is first
-# imported, and train.py imports this module before torch.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks messages of one line, terminals or file systems

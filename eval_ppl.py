@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import host  # noqa: F401  before torch, which reads what it sets
+
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""

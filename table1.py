@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import host  # noqa: F401  before torch, which reads what it sets
 from config import Config, load_config
 from errors import EXIT_REQUEUE, UserError, command
 from files import atomic_write, write_json

@@ -8,6 +8,7 @@ The same command, started again after an interruption, goes on from the newest c
 
 import sys
 
+import host  # noqa: F401  before torch, which reads what it sets
 from config import Config, load_config
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
