@@ -106,11 +106,13 @@ class Distributed:
         if first := next(filter(None, self.gather(mine)), None):
             raise UserError(first)
 
+    def compiles(self, cfg: Any) -> bool:
+        """Whether cfg.compile means torch.compile on this device."""
+        return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
+
     def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
         """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
-        net: Any = model
-        if cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda"):
-            net = torch.compile(net, dynamic=False)
+        net: Any = torch.compile(model, dynamic=False) if self.compiles(cfg) else model
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
             net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)

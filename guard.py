@@ -105,12 +105,12 @@ class Guard:
         for name, values in self._history.items():
             values.extend(history.get(name, []))
 
-    def passes(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def passes(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the optimizer may use this step's gradients. `loss` and `grad_norm` are the same on every rank.
 
         Raises UserError on all ranks where they are not finite, or jump and on_spike = stop.
         """
-        values = {"loss": loss.item(), "gradient norm": grad_norm.item()}
+        values = {"loss": loss, "gradient norm": grad_norm}
         if not all(map(math.isfinite, values.values())):
             self._refuse(step, values)
         jumps = [] if self.cfg.on_spike == "off" else list(filter(None, map(self._jump, values, values.values())))

@@ -14,9 +14,7 @@ from config import Config, load_config
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
     load_config(sys.argv[1:])
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import nn
 
 from data import Batches, TokenStream, to_batch
 from distributed import Distributed
@@ -24,9 +22,10 @@ from errors import command
 from eval_ppl import evaluate
 from guard import Guard
 from model import GPT
-from optim import make_optimizer, set_lr
+from optim import make_optimizer
 from replay import Replay
 from run import Leaving, Run
+from step import update
 
 
 def train(cfg: Config) -> int:
@@ -49,27 +48,8 @@ def train(cfg: Config) -> int:
                 run.save(step, model, optimizer)
             if run.stopping or step == cfg.steps:
                 break
-            lr = set_lr(optimizer, step, cfg)
-            loss = forward_backward(net, batches, step, dist)
-            norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            if guard.passes(step, loss, norm):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.log(step, loss=loss.item(), lr=lr, grad_norm=norm.item())
+            run.log(step, **update(step, net, optimizer, batches, guard, dist, cfg))
     return run.exit_code
-
-
-def forward_backward(net: nn.Module, batches: Batches, step: int, dist: Distributed) -> Tensor:
-    """Accumulate one step's gradients; returns the true mean loss over its micro-steps and ranks."""
-    total = torch.zeros((), device=dist.device)
-    for micro in range(batches.grad_accum):
-        x_BT, y_BT = batches[step, micro]
-        with dist.sync_if(net, micro == batches.grad_accum - 1):
-            with dist.autocast():
-                loss = net(x_BT, y_BT) / batches.grad_accum
-            loss.backward()
-        total += loss.detach()
-    return dist.mean_(total)
 
 
 def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) -> None:

@@ -1,5 +1,6 @@
 """Timing that survives a noisy machine: candidates interleaved round by round, medians, ratios within a round."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,12 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each of `rounds` rounds, after `warmup` rounds that do not count.
 
-    In every round each candidate runs once, in an order that moves on by one from round to round.
+    In every round each candidate runs once, in an order drawn anew: what runs before, a large matmul say, leaves cold caches.
     """
-    device, names = device or torch.device("cpu"), list(candidates)
+    device, names, order = device or torch.device("cpu"), list(candidates), random.Random(1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             synchronize(device)
             begin = time.perf_counter()
             candidates[name]()

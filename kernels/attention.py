@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend
 
 BLOCK = 128  # queries at a time
 LONGEST = 768  # above it torch's own is as fast
@@ -20,11 +21,22 @@ LONGEST = 768  # above it torch's own is as fast
 
 def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ/√D + mask) v, (B, H, T, D); without a mask causal, where T > 1 (then T = S)."""
-    T, S = q_BHTD.size(2), k_BHSD.size(2)
-    plain = q_BHTD.device.type != "cpu" or q_BHTD.dtype != torch.bfloat16 or torch.compiler.is_compiling()
-    if plain or mask is not None or not BLOCK < T <= LONGEST or T != S:
-        return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=mask is None and T > 1)
-    return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD)
+    if mask is None and q_BHTD.shape == k_BHSD.shape and _blocks_pay(q_BHTD):
+        return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD)
+    causal = mask is None and q_BHTD.size(2) > 1
+    return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
+
+
+def _blocks_pay(q_BHTD: Tensor) -> bool:
+    on_bf16_cpu = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
+    return on_bf16_cpu and BLOCK < q_BHTD.size(2) <= LONGEST and not torch.compiler.is_compiling()
+
+
+def chosen(q_BHTD: Tensor) -> str:
+    """What `attention` runs for queries, keys and values like `q_BHTD` without a mask: "blocked", or torch's back-end."""
+    if _blocks_pay(q_BHTD):
+        return "blocked"
+    return SDPBackend(torch._fused_sdp_choice(q_BHTD, q_BHTD, q_BHTD, is_causal=True)).name.lower()
 
 
 def _probabilities(q_NtD: Tensor, k_NsD: Tensor) -> Tensor:

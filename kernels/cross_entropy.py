@@ -74,6 +74,8 @@ def losses_and_grads(
 def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> Tensor:
     """Losses of some rows, (n,) fp32; with grads the logits become softmax − onehot, the gradient, where they lie."""
     rows = max(1, CACHE_BYTES[logits_nV.device.type] // (4 * logits_nV.size(1)))
+    if torch.compiler.is_compiling():  # the compiler makes one pass of it without our help
+        rows = len(logits_nV)
     losses = []
     for part_mV, targets_m in zip(logits_nV.split(rows), targets_n.split(rows), strict=True):
         z_mV, targets_m1 = part_mV.float(), targets_m[:, None]

@@ -14,7 +14,7 @@ LAYERS = [
     {"model", "provenance", "trackers", "token_stream"},
     {"checkpoint", "prepare_fineweb"},
     {"guard", "eval_ppl"},
-    {"run"},
+    {"run", "step"},
     {"replay", "sample"},
     {"train"},
     {"table1", "bench"},
