@@ -20,7 +20,7 @@ import host  # noqa: F401  before torch, which reads what it sets
 from errors import command
 from files import write_json
 
-COMMANDS = ("train", "eval")
+COMMANDS = ("train", "eval", "startup", "all")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from errors import UserError
+
 Work = Callable[[], object]
 
 
@@ -23,7 +25,11 @@ def interleave(
     """Seconds of each candidate in each of `rounds` rounds, after `warmup` rounds that do not count.
 
     In every round each candidate runs once, in an order drawn anew: what runs before, a large matmul say, leaves cold caches.
+    Raises UserError for fewer than one round.
     """
+    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise UserError(f"--{name} = {value}: must be at least {least}")
     device, names, order = device or torch.device("cpu"), list(candidates), random.Random(1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):

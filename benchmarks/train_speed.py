@@ -50,13 +50,13 @@ def time_candidates(args: argparse.Namespace, cfgs: list[Any], dist: Any) -> dic
     from benchmarks.peers import Peer
     from benchmarks.trainee import Trainee
 
+    peers = [Peer(Path(path), cfgs[0], str(dist.device), args.vs_tuned) for path in args.vs]
     trainees, about = [], []
     for cfg in cfgs:
         begin = time.perf_counter()
         trainees.append(Trainee(cfg, dist))
         trainees[-1].whole()
         about.append(trainees[-1].describe() | {"first_step_seconds": round(time.perf_counter() - begin, 2)})
-    peers = [Peer(Path(path), cfgs[0], str(dist.device), args.vs_tuned) for path in args.vs]
     mm, mm_flops = matmul(dist.device, dist.dtype)
     work: dict[str, Any] = {"matmul": mm} | {t.cfg.encoding: t.whole for t in trainees}
     if not args.no_bare:
