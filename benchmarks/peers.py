@@ -25,7 +25,7 @@ READY = "ready for a step\n"
 
 
 def load_definitions(path: Path) -> types.ModuleType:
-    """The imports, functions and classes of a script, or of the script in a checkout, that work by themselves. Raises UserError."""
+    """The imports, functions and classes that work by themselves of a script, or of a checkout's. Raises UserError."""
     file = next((path / name for name in FILES if (path / name).is_file()), path)
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
