@@ -1,8 +1,8 @@
 """Causal attention: torch's, except where blocks of plain matmuls are faster.
 
-On a CPU in bf16 torch's flash attention takes about twice as long as its matmuls would. Here a block of queries at a time
-meets the keys it may see, so a good part of the half above the diagonal is never computed. The probabilities are kept for the
-backward pass, in bf16, which is why this is for short sequences. LOG.md has the measurements that set the limits.
+Torch's flash attention for CPUs takes, in bf16, two to four times as long as its matmuls would. Here a block of queries at a
+time meets the keys it may see, so a good part of the half above the diagonal is never computed. The probabilities are kept for
+the backward pass, in the type of the matmul, which is why this is for short sequences. LOG.md has the measurements behind PAYS.
 
 Shapes: N batch times heads, T positions, S keys, D head width, t queries of a block, s keys they may see.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 BLOCK = 128  # queries at a time
-LONGEST = 768  # above it torch's own is as fast
+PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
 
 
 def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
@@ -28,8 +28,8 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | Non
 
 
 def _blocks_pay(q_BHTD: Tensor) -> bool:
-    on_bf16_cpu = q_BHTD.device.type == "cpu" and q_BHTD.dtype == torch.bfloat16
-    return on_bf16_cpu and BLOCK < q_BHTD.size(2) <= LONGEST and not torch.compiler.is_compiling()
+    on_cpu = q_BHTD.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and q_BHTD.size(2) in PAYS.get(q_BHTD.dtype, ())
 
 
 def chosen(q_BHTD: Tensor) -> str:
@@ -41,11 +41,12 @@ def chosen(q_BHTD: Tensor) -> str:
 
 def _probabilities(q_NtD: Tensor, k_NsD: Tensor) -> Tensor:
     """Attention of the last t of s positions to all s, (N, t, s) fp32."""
-    t, scale = q_NtD.size(1), 1 / math.sqrt(q_NtD.size(2))
-    # A CPU's bf16 matmul gives bf16, too coarse for a logit. The same again, less what it gave, is what the rounding left out.
-    rounded_Nts = torch.baddbmm(q_NtD.new_empty(1), q_NtD, k_NsD.transpose(1, 2), beta=0, alpha=scale)
-    rest_Nts = torch.baddbmm(rounded_Nts, q_NtD, k_NsD.transpose(1, 2), beta=-1, alpha=scale)
-    scores_Nts = rounded_Nts.float().add_(rest_Nts)
+    t, scale, k_NDs = q_NtD.size(1), 1 / math.sqrt(q_NtD.size(2)), k_NsD.transpose(1, 2)
+    scores_Nts = torch.baddbmm(q_NtD.new_empty(1), q_NtD, k_NDs, beta=0, alpha=scale)
+    if q_NtD.dtype != torch.float32:
+        # A CPU's bf16 matmul gives bf16, too coarse for a logit. The same again, less what it gave, is what rounding left out.
+        rest_Nts = torch.baddbmm(scores_Nts, q_NtD, k_NDs, beta=-1, alpha=scale)
+        scores_Nts = scores_Nts.float().add_(rest_Nts)
     scores_Nts[..., -t:] += scores_Nts.new_full((t, t), -math.inf).triu(1)
     return scores_Nts.softmax(-1)
 
