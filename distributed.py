@@ -106,14 +106,14 @@ class Distributed:
         if first := next(filter(None, self.gather(mine)), None):
             raise UserError(first)
 
-    def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
-        """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
+    def wrap(self, model: nn.Module, cfg: Any, **ddp: Any) -> nn.Module:
+        """`model` as the loop calls it: compiled where cfg.compile says so, DDP (its options: `ddp`) where there are ranks."""
         net: Any = model
         if cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda"):
             net = torch.compile(net, dynamic=False)
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **ddp)
         return net
 
     def sync_if(self, net: nn.Module, last: bool) -> AbstractContextManager:

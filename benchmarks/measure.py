@@ -21,8 +21,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each of `rounds` rounds, after `warmup` rounds that do not count.
 
-    In every round each candidate runs once, in an order that moves on by one from round to round, so that none always follows the
-    same other one.
+    In every round each candidate runs once, in an order that moves on by one from round to round, so that none always follows
+    the same other one.
     """
     device, names = device or torch.device("cpu"), list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
