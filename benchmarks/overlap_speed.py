@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise UserError("overlap: needs two ranks or more; torchrun --standalone --nproc_per_node=2 bench.py overlap …")
     cfg = load_config(rest)
-    from benchmarks.measure import interleave, spread
+    from benchmarks.measure import interleave, speedup, spread
     from distributed import Distributed
 
     with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist:
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         results = []
         for name, step in steps.items():
             traced = dist.gather(step.trace(args.traced, args.traces and Path(args.traces), name))
-            results.append({"buckets": name} | step.describe() | timed[name] | {"ranks": traced})
+            speed = {"speed_over_no_exchange": speedup(seconds[name], seconds["no exchange"])}
+            results.append({"buckets": name} | step.describe() | timed[name] | speed | {"ranks": traced})
         about = {"world_size": dist.world_size, "backend": step.backend, "cores": os.cpu_count()}
         if dist.is_main:
             print(f"{cfg.name}, {dist.world_size} ranks by {step.backend}\n\n{render(timed['no exchange'], results)}")
@@ -201,15 +202,17 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 def render(no_exchange: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row per bucket size; traced times are those of the rank that waited least in its exchange."""
     lines = [
-        "| buckets | number | largest | step, ms | p10–p90 | backward, ms | exchange, ms | hidden by backward | after it, ms |",
-        "|---|" + "---:|" * 8,
+        "| buckets | number | largest | step, ms | p10–p90 | speed ÷ no exchange "
+        "| backward, ms | exchange, ms | hidden | after it, ms |",
+        "|---|" + "---:|" * 9,
         f"| no exchange | – | – | {no_exchange['ms_median']:.1f} | {no_exchange['ms_p10']:.1f}–{no_exchange['ms_p90']:.1f} "
-        "| – | – | – | – |",
+        "| – | – | – | – | – |",
     ]
     for r in results:
         rank = min(r["ranks"], key=lambda rank: rank["exchange_ms"])
         sizes = [str(len(r["bucket_bytes"])), f"{max(r['bucket_bytes']) / 1e6:.1f} MB"]
-        times = [f"{r['ms_median']:.1f}", f"{r['ms_p10']:.1f}–{r['ms_p90']:.1f}", f"{rank['backward_ms']:.1f}"]
-        shares = [f"{rank['exchange_ms']:.1f}", f"{rank['overlap']:.0%}", f"{rank['exposed_ms']:.1f}"]
-        lines.append(f"| {' | '.join([r['buckets'], *sizes, *times, *shares])} |")
+        times = [f"{r['ms_median']:.1f}", f"{r['ms_p10']:.1f}–{r['ms_p90']:.1f}", f"{r['speed_over_no_exchange']:.2f}"]
+        traced = [f"{rank['backward_ms']:.1f}", f"{rank['exchange_ms']:.1f}", f"{rank['overlap']:.0%}"]
+        traced += [f"{rank['exposed_ms']:.1f}"]
+        lines.append(f"| {' | '.join([r['buckets'], *sizes, *times, *traced])} |")
     return "\n".join(lines) + "\n"
