@@ -110,12 +110,12 @@ class Distributed:
         """Whether cfg.compile means torch.compile on this device."""
         return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
 
-    def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
-        """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
+    def wrap(self, model: nn.Module, cfg: Any, **ddp: Any) -> nn.Module:
+        """`model` as the loop calls it: compiled where cfg.compile says so, DDP (its options: `ddp`) where there are ranks."""
         net: Any = torch.compile(model, dynamic=False) if self.compiles(cfg) else model
         if dist.is_initialized():
             ids = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **ddp)
         return net
 
     def sync_if(self, net: nn.Module, last: bool) -> AbstractContextManager:

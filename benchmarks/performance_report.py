@@ -54,7 +54,10 @@ TARGETS: list[tuple[str, str, str | None, Value]] = [
         lambda r: f"{r['whole_over_bare']:.3f}",
     ),
     ("evaluation ÷ training, tokens/s", "≥ 2.8", "eval-cpu", lambda r: f"{r['eval_over_train']:.2f}"),
-    ("`train.py` to its first step, GPT-Tiny 4 × 512", "≤ 10 s", "startup-cpu", lambda r: f"{r['seconds']['first step']['median']:.1f} s"),
+    (
+        "`train.py` to its first step, GPT-Tiny 4 × 512", "≤ 10 s", "startup-cpu",
+        lambda r: f"{r['seconds']['first step']['median']:.1f} s",
+    ),
     (
         "`--help`, the slowest of the scripts", "≤ 1 s", "startup-cpu",
         lambda r: f"{max(s['median'] for name, s in r['seconds'].items() if name != 'first step'):.2f} s",
@@ -85,7 +88,8 @@ def render_training() -> str:
 def source(found: dict[str, Any]) -> str:
     """Command, machine, commit and n of a result."""
     machine = f"{found['device']}, {found['threads']} threads, torch {found['torch']}"
-    return f"`{found['command']}`, {machine}, commit {found['git'][:7]}, n = {found['n']}, matmul {found['matmul_tflops']:.3f} TFLOP/s."
+    n, matmul = found["n"], found["matmul_tflops"]
+    return f"`{found['command']}`, {machine}, commit {found['git'][:7]}, n = {n}, matmul {matmul:.3f} TFLOP/s."
 
 
 def blocks() -> dict[str, str]:
