@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from positional import ENCODINGS, PositionalEncoding
 
@@ -214,8 +215,12 @@ class GPT(nn.Module):
         located = None if self.wpe is None else Located(self.wpe, -1, x_BTC, pos_T, cache)
         if self.wpe is not None:
             x_BTC = self.wpe.embed(x_BTC, pos_T)
+        recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
-            x_BTC = block(x_BTC, pos_T, located, cache)
+            if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either
+                x_BTC = checkpoint(block, x_BTC, pos_T, located, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC, pos_T, located, cache)
         if cache is not None:
             cache.length += T
         logits_BTV = functional.linear(self.ln_f(x_BTC), self.wte.weight)

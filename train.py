@@ -15,15 +15,15 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes s
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from data import Batches, TokenStream, to_batch
 from distributed import Distributed
 from errors import command
 from eval_ppl import evaluate
+from fsdp import uncompiled
 from guard import Guard
 from model import GPT
-from optim import make_optimizer, set_lr
+from optim import clip_, make_optimizer, set_lr
 from replay import Replay
 from run import Leaving, Run
 
@@ -35,7 +35,7 @@ def train(cfg: Config) -> int:
         with dist.together():
             batches = Batches(cfg, "train", dist)
             val = TokenStream(cfg.data, "val", cfg.vocab_size)
-        model = GPT(cfg).to(dist.device)
+        model = dist.shard(GPT(cfg), cfg)
         optimizer = make_optimizer(model, cfg)
         guard = Guard(cfg, dist, model, batches)
         start = run.resume(model, optimizer, guard, [batches.stream, val])
@@ -50,7 +50,7 @@ def train(cfg: Config) -> int:
                 break
             lr = set_lr(optimizer, step, cfg)
             loss = forward_backward(net, batches, step, dist)
-            norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            norm = clip_(model, cfg.grad_clip)
             if guard.passes(step, loss, norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -85,7 +85,8 @@ def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) 
     except Leaving:
         return
     x_BT, _ = to_batch(val.read(0, cfg.block_size + 1), cfg.block_size, dist.device)
-    health, complaint = model.health(x_BT)
+    with uncompiled(model):
+        health, complaint = model.health(x_BT)
     run.log(step, val_loss=found.nll, val_perplexity=found.perplexity, val_tokens=found.tokens, **health)
     run.warn(step, complaint if step > max(cfg.warmup_steps, cfg.steps // 10) else None)
 
