@@ -152,8 +152,8 @@ class Config(BaseModel):
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
 FREE_ON_RESUME = {
     "name", "out_dir", "data", "device", "dtype", "compile", "parallel", "activation_checkpointing", "micro_batch",
-    "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint", "wandb",
-    "wandb_project", "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
+    "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint",
+    "wandb", "wandb_project", "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
 }  # fmt: skip
 
 

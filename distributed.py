@@ -135,7 +135,7 @@ class Distributed:
             net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
         return net
 
-    def sync_if(self, net: nn.Module, last: bool) -> AbstractContextManager:
+    def sync_if(self, net: Any, last: bool) -> AbstractContextManager:
         """DDP and FSDP exchange gradients on the last micro-step only; nothing to do without them."""
         if isinstance(net, DistributedDataParallel):
             return nullcontext() if last else net.no_sync()
