@@ -79,7 +79,8 @@ class FirstBadOutput:
         names = {module: name or "the loss" for name, module in self._model.named_modules()}
 
         def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self.name is None and isinstance(output, Tensor) and not output.isfinite().all():
+            # detached: what a hook keeps for a backward pass is missing where a block is computed again, without the hook
+            if self.name is None and isinstance(output, Tensor) and not output.detach().isfinite().all():
                 self.name = f"output of {names[module]}"
 
         self._handles = [module.register_forward_hook(look) for module in names]

@@ -66,7 +66,7 @@ def test_fsdp_equals_ddp_and_one_process_and_each_goes_on_from_the_others_checkp
         [*words, "--name=to-ddp"],
         [*words, "--name=to-fsdp", "--parallel=fsdp", RECOMPUTING, "--async_checkpoint=true", "--save_every=1"],
         replay,
-        [*replay, "--parallel=fsdp"],
+        [*replay, "--parallel=fsdp", RECOMPUTING],
     )
     train(load_config([*words, "--name=to-one"]))
     for name in ("to-ddp", "to-fsdp", "to-one"):
@@ -111,10 +111,11 @@ def test_compiled_blocks_follow_the_eager_ones(small, tmp_path, encoding):
 
 
 @pytest.mark.slow
-def test_bfloat16_equals_ddps(small, tmp_path):
+def test_bfloat16_follows_ddps(small, tmp_path):
     words = [*small, *ODD, "--encoding=carope", "--dtype=bfloat16"]
     on_two_ranks(*([*words, f"--name={p}", f"--parallel={p}"] for p in ("ddp", "fsdp")))
-    assert_close(tmp_path / "ddp", tmp_path / "fsdp")
+    for a, b in zip(records(tmp_path / "ddp"), records(tmp_path / "fsdp"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)  # a last bit of fp32 may decide how bf16 rounds
 
 
 def model_and_tokens(encoding: str, *words: str) -> tuple[GPT, torch.Tensor]:
