@@ -42,6 +42,13 @@ class Config(BaseModel):
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto is on for cuda")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="what the ranks of torchrun share: ddp only gradients, fsdp also the memory for weights and optimizer",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the input of each block and compute the block again in the backward pass"
+    )
 
     # model
     encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
@@ -140,9 +147,9 @@ class Config(BaseModel):
 
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
 FREE_ON_RESUME = {
-    "name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens",
-    "log_every", "save_every", "keep_checkpoints", "async_checkpoint", "wandb", "wandb_project", "tensorboard", "on_spike",
-    "spike_threshold", "replay_step", "verify_data", "dist_timeout",
+    "name", "out_dir", "data", "device", "dtype", "compile", "parallel", "activation_checkpointing", "micro_batch",
+    "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint",
+    "wandb", "wandb_project", "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
@@ -216,8 +217,12 @@ class GPT(nn.Module):
         located = None if self.wpe is None else Located(self.wpe, -1, x_BTC, pos_T, cache)
         if self.wpe is not None:
             x_BTC = self.wpe.embed(x_BTC, pos_T)
+        recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
-            x_BTC = block(x_BTC, pos_T, located, cache)
+            if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either
+                x_BTC = checkpoint(block, x_BTC, pos_T, located, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC, pos_T, located, cache)
         if cache is not None:
             cache.length += T
         x_BTC = self.ln_f(x_BTC)

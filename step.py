@@ -2,14 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from config import Config
 from data import Batches
 from distributed import Distributed
 from guard import Guard
-from optim import set_lr
+from optim import clip_, set_lr
 
 
 def update(
@@ -18,7 +17,7 @@ def update(
     """Take step `step`; returns the loss, the learning rate and the gradient norm before clipping, the same on every rank."""
     lr = set_lr(optimizer, step, cfg)
     total = forward_backward(net, batches, step, dist)
-    norm = clip_grad_norm_(net.parameters(), cfg.grad_clip)
+    norm = clip_(net, cfg.grad_clip)
     loss, grad_norm = torch.stack((total, norm)).tolist()  # the step's one wait for the device
     if guard.passes(step, loss, grad_norm):
         optimizer.step()

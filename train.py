@@ -20,6 +20,7 @@ from data import Batches, TokenStream, to_batch
 from distributed import Distributed
 from errors import command
 from eval_ppl import evaluate
+from fsdp import uncompiled
 from guard import Guard
 from model import GPT
 from optim import make_optimizer
@@ -35,7 +36,7 @@ def train(cfg: Config) -> int:
         with dist.together():
             batches = Batches(cfg, "train", dist)
             val = TokenStream(cfg.data, "val", cfg.vocab_size)
-        model = GPT(cfg).to(dist.device)
+        model = dist.shard(GPT(cfg), cfg)
         optimizer = make_optimizer(model, cfg)
         guard = Guard(cfg, dist, model, batches)
         start = run.resume(model, optimizer, guard, [batches.stream, val])
@@ -66,7 +67,8 @@ def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) 
     except Leaving:
         return
     x_BT, _ = to_batch(val.read(0, cfg.block_size + 1), cfg.block_size, dist.device)
-    health, complaint = model.health(x_BT)
+    with uncompiled(model):
+        health, complaint = model.health(x_BT)
     run.log(step, val_loss=found.nll, val_perplexity=found.perplexity, val_tokens=found.tokens, **health)
     run.warn(step, complaint if step > max(cfg.warmup_steps, cfg.steps // 10) else None)
 

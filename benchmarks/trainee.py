@@ -48,7 +48,7 @@ class Trainee:
         self.scratch = Path(tempfile.mkdtemp(prefix="bench-"))
         never = {"steps": 2**40, "eval_every": 2**40, "save_every": 2**40, "name": "bench", "out_dir": str(self.scratch)}
         self.cfg, self.dist = cfg.model_copy(update=never), dist
-        self.model = GPT(self.cfg).to(dist.device)
+        self.model = dist.shard(GPT(self.cfg), self.cfg)
         self.optimizer = make_optimizer(self.model, self.cfg)
         self.batches = TimedBatches(self.cfg, "train", dist)
         self.val = TokenStream(self.cfg.data, "val", self.cfg.vocab_size)

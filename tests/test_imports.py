@@ -7,7 +7,7 @@ from conftest import ROOT
 MODULES = {path.stem: [path] for path in ROOT.glob("*.py")}
 MODULES |= {path.parent.name: [*path.parent.glob("*.py")] for path in ROOT.glob("*/__init__.py")}  # a package is one module
 LAYERS = [
-    {"errors", "host", "kernels", "positional"},
+    {"errors", "fsdp", "host", "kernels", "positional"},
     {"files", "rendezvous", "watchdog"},
     {"config", "corpus", "launch", "shards", "tokenizer"},
     {"data", "distributed", "sources", "optim"},
