@@ -1,0 +1,1 @@
+"""Triton kernels, each beside a reference in plain PyTorch that the tests hold it to."""
