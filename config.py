@@ -46,6 +46,9 @@ class Config(BaseModel):
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto is on for cuda")
+    kernel: Literal["auto", "triton", "eager"] = Field(
+        "auto", description="rotation of queries and keys; auto is eager until a measurement shows that triton wins"
+    )
 
     # model
     encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
@@ -144,9 +147,9 @@ class Config(BaseModel):
 
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
 FREE_ON_RESUME = {
-    "name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens",
-    "log_every", "save_every", "keep_checkpoints", "async_checkpoint", "wandb", "wandb_project", "tensorboard", "on_spike",
-    "spike_threshold", "replay_step", "verify_data", "dist_timeout",
+    "name", "out_dir", "data", "device", "dtype", "compile", "kernel", "micro_batch", "eval_every", "eval_tokens",
+    "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint", "wandb", "wandb_project",
+    "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
 }  # fmt: skip
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from data import Batches, TokenStream, to_batch
-from distributed import Distributed
+from distributed import Distributed, pick_device
 from errors import command
 from eval_ppl import evaluate
 from guard import Guard
+from kernels.support import check_kernel
 from model import GPT
 from optim import make_optimizer, set_lr
 from replay import Replay
@@ -30,6 +31,7 @@ from run import Leaving, Run
 
 def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
+    check_kernel(cfg.kernel, pick_device(cfg.device))
     run_type = Run if cfg.replay_step < 0 else Replay
     with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, run_type(cfg, dist) as run:
         with dist.together():
