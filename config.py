@@ -49,6 +49,9 @@ class Config(BaseModel):
     activation_checkpointing: bool = Field(
         False, description="keep only the input of each block and compute the block again in the backward pass"
     )
+    kernel: Literal["auto", "triton", "eager"] = Field(
+        "auto", description="rotation of queries and keys; auto is eager until a measurement shows that triton wins"
+    )
 
     # model
     encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
@@ -147,7 +150,7 @@ class Config(BaseModel):
 
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
 FREE_ON_RESUME = {
-    "name", "out_dir", "data", "device", "dtype", "compile", "parallel", "activation_checkpointing", "micro_batch",
+    "name", "out_dir", "data", "device", "dtype", "compile", "parallel", "activation_checkpointing", "kernel", "micro_batch",
     "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint",
     "wandb", "wandb_project", "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
 }  # fmt: skip

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.support import rotation_kernel
 from positional import ENCODINGS, PositionalEncoding
 
 
@@ -75,9 +76,17 @@ class _Coordinates(KVCache):
 
 
 class Located:
-    """Where the tokens of one forward pass stand, as one encoding measures it, ready for attention to use."""
+    """Where the tokens of one forward pass stand, as one encoding measures it, ready for attention to use.
+
+    A kernel has no use for coordinates; with a cache there is none, as decoding goes on from those of the last token.
+    """
 
     def __init__(self, encoding: PositionalEncoding, layer: int, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
+        self.rotation = self.bias = None
+        kernel = encoding.kernel if cache is None else None
+        if kernel and (x_BTC.is_cuda or kernel.interpreted):
+            self.rotation = kernel(encoding.frequency(x_BTC), encoding.n_pairs, encoding.inclusive)
+            return
         if cache is None:
             coords_q = coords_k = encoding.coords(x_BTC, pos_T)
         else:
@@ -86,8 +95,12 @@ class Located:
         self.frame = encoding.frame(coords_q)
         self.bias = encoding.bias(coords_q, coords_k)
 
-    def rotate(self, u_BHTD: Tensor) -> Tensor:
-        return self.encoding.rotate(u_BHTD, self.frame)
+    def rotate(self, qkv_3BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k turned to their positions, and v."""
+        if self.rotation is not None:
+            return self.rotation(qkv_3BHTD)
+        q, k, v = qkv_3BHTD
+        return self.encoding.rotate(q, self.frame), self.encoding.rotate(k, self.frame), v
 
 
 class Attention(nn.Module):
@@ -101,8 +114,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, located: Located, cache: KVCache | None) -> Tensor:
         B, T, C = x_BTC.shape
-        q, k, v = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = located.rotate(q), located.rotate(k)
+        qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = located.rotate(qkv_3BHTD)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         mask = causal_mask(T, k.size(2), located.bias, q)
@@ -165,6 +178,8 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.wpe = None if encoding.per_layer else encoding(cfg)
         self.encodings: list[PositionalEncoding] = [m for m in self.modules() if isinstance(m, PositionalEncoding)]
+        for one in self.encodings:
+            one.kernel = rotation_kernel(cfg.kernel, type(one))
         # Longest input the encoding has positions for; None is unlimited
         self.max_len = min((e.max_len for e in self.encodings if e.max_len is not None), default=None)
         with torch.random.fork_rng(devices=[]):

@@ -17,11 +17,12 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes s
 from torch import nn
 
 from data import Batches, TokenStream, to_batch
-from distributed import Distributed
+from distributed import Distributed, pick_device
 from errors import command
 from eval_ppl import evaluate
 from fsdp import uncompiled
 from guard import Guard
+from kernels.support import check_kernel
 from model import GPT
 from optim import make_optimizer
 from replay import Replay
@@ -31,6 +32,7 @@ from step import update
 
 def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
+    check_kernel(cfg.kernel, pick_device(cfg.device))
     run_type = Run if cfg.replay_step < 0 else Replay
     with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, run_type(cfg, dist) as run:
         with dist.together():

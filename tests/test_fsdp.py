@@ -72,7 +72,10 @@ def test_fsdp_equals_ddp_and_one_process_and_each_goes_on_from_the_others_checkp
     for name in ("to-ddp", "to-fsdp", "to-one"):
         assert_close(tmp_path / "carope-one", tmp_path / name)
     tables = re.findall(r"^ *micro-step.*\n((?: +\d .*\n)+)", shown, re.MULTILINE)
-    assert len(tables) == 2 and tables[0] == tables[1] and tables[0].count("\n") == 4  # each rank's own losses and gradients
+    ddp, fsdp = ([(*map(float, row.split()[:4]), row.split(maxsplit=4)[4]) for row in t.splitlines()] for t in tables)
+    assert len(ddp) == 4 and all(a[:2] + a[4:] == b[:2] + b[4:] for a, b in zip(ddp, fsdp, strict=True))
+    for a, b in zip(ddp, fsdp, strict=True):
+        assert a[2:4] == pytest.approx(b[2:4], abs=2e-4)  # each rank's own loss and gradient norm, as printed
 
 
 def test_a_process_alone_has_nobody_to_share_with(small, tmp_path):
