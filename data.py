@@ -5,7 +5,7 @@ Ranks and micro-steps only slice that range, so the loss curve depends on neithe
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +133,43 @@ class TokenStream:
 class Batches:
     """batches[step, micro] → x_BT, y_BT (int64, on this rank's device); y is x moved on by one token.
 
-    Micro-step m of rank r takes the rows (m · world_size + r) · B … of the step's N / T rows.
+    Micro-step m of rank r takes the rows (m · world_size + r) · B … of the step's N / T rows. `ahead` (on a GPU, unless said
+    otherwise) lets a thread read the batch that comes next while this one is computed on; what is asked for decides what is
+    returned, and a batch that cannot be read is refused when it is asked for.
     """
 
-    def __init__(self, cfg: Any, split: str, dist: Any) -> None:
+    def __init__(self, cfg: Any, split: str, dist: Any, ahead: bool | None = None) -> None:
         self.cfg, self.dist = cfg, dist
         self.stream = TokenStream(cfg.data, split, cfg.vocab_size)
         self.grad_accum = grad_accum(cfg, dist.world_size)
+        on_gpu = dist.device.type == "cuda"
+        self._reader = ThreadPoolExecutor(1, "batches", self._use_device) if (on_gpu if ahead is None else ahead) else None
+        self._next: tuple[tuple[int, int], Future[Tensor]] | None = None
 
     def __getitem__(self, index: tuple[int, int]) -> tuple[Tensor, Tensor]:
         step, micro = index
         self.dist.at(f"step {step}, micro-step {micro}, reading the batch")
-        n_tokens = self.cfg.micro_batch * self.cfg.block_size
-        batch = to_batch(self.stream.read(self.start(step, micro), n_tokens + 1), self.cfg.block_size, self.dist.device)
+        ids = self._take(index) if self._reader else self._read(index)
         self.dist.at(f"step {step}, micro-step {micro}, computing")
-        return batch
+        return cut_batch(ids, self.cfg.block_size, self.dist.device)
+
+    def _read(self, index: tuple[int, int]) -> Tensor:
+        """The ids of a batch and one more, in host memory."""
+        n_tokens = self.cfg.micro_batch * self.cfg.block_size
+        return to_ids(self.stream.read(self.start(*index), n_tokens + 1), self.dist.device)
+
+    def _take(self, index: tuple[int, int]) -> Tensor:
+        """What was read ahead, if it is what is asked for; the thread goes on to the batch after it."""
+        assert self._reader
+        (guess, future), (step, micro) = self._next or (None, None), index
+        ids = future.result() if future and guess == index else self._read(index)
+        following = (step, micro + 1) if micro + 1 < self.grad_accum else (step + 1, 0)
+        self._next = following, self._reader.submit(self._read, following)
+        return ids
+
+    def _use_device(self) -> None:
+        if self.dist.device.type == "cuda":
+            torch.cuda.set_device(self.dist.device)  # a thread's own setting; pinned memory would be made with the first GPU
 
     def start(self, step: int, micro: int) -> int:
         """The batch's first token in the stream."""
@@ -181,7 +203,16 @@ def check_unchanged(before: Sequence[ShardRecord], streams: Sequence[TokenStream
 
 def to_batch(tokens: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """n·length+1 tokens → inputs and targets, (n, length) int64 each, on `device`."""
+    return cut_batch(to_ids(tokens, device), length, device)
+
+
+def to_ids(tokens: np.ndarray, device: torch.device) -> Tensor:
+    """Tokens as int64 in host memory, which is pinned where `device` is a GPU."""
     ids = torch.from_numpy(tokens.astype(np.int64))
-    if device.type == "cuda":
-        ids = ids.pin_memory().to(device, non_blocking=True)
+    return ids.pin_memory() if device.type == "cuda" else ids
+
+
+def cut_batch(ids: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """n·length+1 ids → inputs and targets, (n, length) each, on `device`."""
+    ids = ids.to(device, non_blocking=True)
     return ids[:-1].view(-1, length), ids[1:].view(-1, length)

@@ -1,11 +1,11 @@
-"""GPT-2: embeddings, blocks, attention, KV cache, loss. It names no positional encoding and knows no device.
+"""GPT-2: embeddings, blocks, loss, generation. It names no positional encoding and knows no device.
 
 Shapes: B batch, T new positions, S cached and new positions, C width, H heads, D head width, V vocabulary.
 """
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,53 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.support import rotation_kernel
+from kv_cache import KVCache, attend
 from positional import ENCODINGS, PositionalEncoding
-
-
-class KVCache:
-    """Keys, values and coordinates of the tokens seen so far, so that the next one costs one position.
-
-    `GPT.forward` fills it; `len(cache)` is the number of positions held.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}  # layer → (B, H, capacity, D) twice
-        self.coords: dict[int, Tensor] = {}  # layer, or -1 for all → coordinates (…, S or 1, n)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this layer's new keys and values; returns all of them, (B, H, S, D)."""
-        end = self.length + k_BHTD.size(2)
-        k, v = self.kv.get(layer) or (k_BHTD[:, :, :0], v_BHTD[:, :, :0])
-        if end > k.size(2):  # grow by doubling: amortized, appending costs O(1)
-            k, v = self.kv[layer] = self._grown(k, end), self._grown(v, end)
-        k[:, :, self.length : end] = k_BHTD
-        v[:, :, self.length : end] = v_BHTD
-        return k[:, :, :end], v[:, :, :end]
-
-    def _grown(self, held: Tensor, end: int) -> Tensor:
-        B, H, _, D = held.shape
-        buffer = held.new_empty(B, H, max(64, 1 << (end - 1).bit_length()), D)
-        buffer[:, :, : self.length] = held[:, :, : self.length]
-        return buffer
-
-    def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
-        """Coordinates of the new tokens, and of all tokens where `bias` wants them (else only the last one is kept)."""
-        held = self.coords.get(layer)
-        last = x_BTC.new_zeros((1, 1, 1, 1), dtype=torch.float64) if held is None else held[..., -1:, :]
-        new = encoding.coords(x_BTC, pos_T, last)
-        if new is None:
-            return None, None
-        keeps_all = type(encoding).bias is not PositionalEncoding.bias
-        every = torch.cat((held, new), dim=-2) if keeps_all and held is not None else new
-        self.coords[layer] = every if keeps_all else new[..., -1:, :]
-        return new, every
 
 
 class _Coordinates(KVCache):
@@ -116,19 +73,8 @@ class Attention(nn.Module):
         B, T, C = x_BTC.shape
         qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = located.rotate(qkv_3BHTD)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        mask = causal_mask(T, k.size(2), located.bias, q)
-        y_BHTD = attention(q, k, v, mask)
+        y_BHTD = attend(q, k, v, located.bias) if cache is None else cache.attend(self.layer, q, k, v, located.bias)
         return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
-
-
-def causal_mask(T: int, S: int, bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The additive or boolean mask of T queries at the end of S keys; None where `is_causal` or nothing says it all."""
-    if bias is None and (T in (1, S)):
-        return None
-    visible_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return visible_TS if bias is None else bias.to(q.dtype).masked_fill(~visible_TS, -math.inf)
 
 
 class MLP(nn.Module):
@@ -215,9 +161,15 @@ class GPT(nn.Module):
         return {"total": total, "embedding": embedding, "encoding": encoding, "body": total - embedding - encoding}
 
     def forward(
-        self, idx_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean", cache: KVCache | None = None
+        self,
+        idx_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V); with targets, the cross-entropy in nats: a scalar, or (B, T) for reduction="none".
+        """Logits (B, T, V), with `last_only` (B, 1, V); with targets, the cross-entropy in nats: a scalar, or (B, T) for
+        reduction="none".
 
         With a cache, `idx_BT` are the tokens after those it holds. Raises ValueError beyond the encoding's max_len.
         """
@@ -240,6 +192,8 @@ class GPT(nn.Module):
                 x_BTC = block(x_BTC, pos_T, located, cache)
         if cache is not None:
             cache.length += T
+        if last_only:  # of a long prompt, the other logits would take more memory than all the rest
+            x_BTC = x_BTC[:, -1:]
         x_BTC = self.ln_f(x_BTC)
         if targets_BT is None:
             return functional.linear(x_BTC, self.wte.weight)
@@ -269,25 +223,30 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Iterator[Tensor]:
         """Yield up to `max_new_tokens` next tokens, (B,) int64 each, sampled with a KV cache.
 
         Only ids below `n_vocab`, the tokenizer's size, are drawn: the padding of the vocabulary never is. Temperature 0
-        takes the likeliest. Ends early where a learned table of positions ends.
+        takes the likeliest. One `generator` for each row makes what a row draws independent of the rows beside it. Ends early
+        where a learned table of positions ends.
         """
         cache, new_BT = KVCache(), idx_BT
         for _ in range(max_new_tokens):
             if self.max_len is not None and len(cache) + new_BT.size(1) > self.max_len:
                 return
-            logits_BV = self(new_BT, cache=cache)[:, -1, :n_vocab].float()
+            logits_BV = self(new_BT, cache=cache, last_only=True)[:, -1, :n_vocab].float()
             next_B = sample_token(logits_BV, temperature, top_k, top_p, generator)
             yield next_B
             new_BT = next_B[:, None]
 
 
 def sample_token(
-    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+    logits_BV: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
     """One id per row, (B,): the likeliest at temperature 0, else drawn from the `top_k` likeliest that hold mass `top_p`."""
     if temperature == 0:
@@ -301,4 +260,8 @@ def sample_token(
         probs_BV = sorted_BV.softmax(-1)
         beyond_BV = probs_BV.cumsum(-1) - probs_BV >= top_p  # the token that crosses top_p stays in
         logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -math.inf)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)
+    probs_BV = logits_BV.softmax(-1)
+    if isinstance(generator, Sequence):
+        rows = zip(probs_BV.split(1), generator, strict=True)
+        return torch.cat([torch.multinomial(probs_1V, 1, generator=own) for probs_1V, own in rows]).squeeze(1)
+    return torch.multinomial(probs_BV, 1, generator=generator).squeeze(1)

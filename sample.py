@@ -10,6 +10,7 @@ there too, or after --max_new_tokens; it goes on past the training length unless
 import argparse
 import codecs
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import host  # noqa: F401  before torch, which reads what it sets
@@ -25,6 +26,11 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
     add("--file", metavar="FILE", help="one prompt from a text file; - is standard input")
     add("--num_samples", "--num-samples", type=int, default=1, help="samples for each prompt [default: 1]")
+    add(
+        "--batch", type=int, default=1,
+        help="samples of a prompt drawn together: more tokens a second, but rounding may make a sample another one than "
+        "drawn alone [default: 1]",
+    )  # fmt: skip
     add("--max_new_tokens", "--max-new-tokens", type=int, default=200, help="tokens of a sample [default: 200]")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token [default: 0.8]")
     add("--top_k", "--top-k", type=int, help="draw from the k likeliest tokens only [default: all]")
@@ -61,7 +67,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for a value outside its range."""
     for name, low, high in (
-        ("num_samples", 1, None), ("max_new_tokens", 1, None), ("temperature", 0, None), ("top_k", 1, None),
+        ("num_samples", 1, None), ("batch", 1, None), ("max_new_tokens", 1, None), ("temperature", 0, None), ("top_k", 1, None),
         ("top_p", 1e-9, 1), ("seed", 0, None),
     ):  # fmt: skip
         value = getattr(args, name)
@@ -70,25 +76,56 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} = {value}: must be {limit}")
 
 
-def stream_sample(
-    model: GPT, tokenizer: Tokenizer, ids: list[int], args: argparse.Namespace, seed: int, dist: Distributed
+class Sample:
+    """One continuation as it grows: text out of tokens, up to the end-of-text token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.n_tokens, self.ended = tokenizer, 0, False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
+
+    def add(self, token: int) -> str:
+        """The text that is complete with this token; none after the end."""
+        if self.ended:
+            return ""
+        self.n_tokens, self.ended = self.n_tokens + 1, token == self.tokenizer.eot
+        return "" if self.ended else self._decoder.decode(self.tokenizer.decode_bytes([token]))
+
+    def rest(self) -> str:
+        """What is left of an unfinished character."""
+        return self._decoder.decode(b"", final=True)
+
+
+def print_samples(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+    folder: Path,
+    dist: Distributed,
 ) -> None:
-    """Print one continuation of the prompt's `ids`, a token at a time; says so where the positions end early."""
-    generator = torch.Generator(dist.device).manual_seed(seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may be part of a character
-    idx_BT = torch.tensor([[tokenizer.eot, *ids]], device=dist.device)
-    new_ids = []
-    for next_B in model.generate(
-        idx_BT, args.max_new_tokens, tokenizer.n_vocab, args.temperature, args.top_k, args.top_p, generator
-    ):
-        new_ids.append(int(next_B))
-        if new_ids[-1] == tokenizer.eot:
-            break
-        print(decoder.decode(tokenizer.decode_bytes(new_ids[-1:])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
-    if len(new_ids) < args.max_new_tokens and new_ids[-1] != tokenizer.eot:
-        limit = f"encoding {model.cfg.encoding!r} has positions for {model.max_len} tokens only"
-        print(f"[{limit}: stopped after {len(new_ids)} new ones]", file=sys.stderr)
+    """Print a continuation of `prompt` for each of `seeds`, drawn together: the first as it comes, then the others.
+
+    Says so where the positions end early.
+    """
+    samples, texts = [Sample(tokenizer) for _ in seeds], [f"--- {folder}, seed {seed}\n{prompt}" for seed in seeds]
+    generators = [torch.Generator(dist.device).manual_seed(seed) for seed in seeds]
+    idx_BT = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt).tolist()]], device=dist.device).expand(len(seeds), -1)
+    options = (tokenizer.n_vocab, args.temperature, args.top_k, args.top_p, generators)
+    print(texts[0], end="", flush=True)
+    texts[0] = ""
+    with dist.autocast():
+        for next_B in model.generate(idx_BT, args.max_new_tokens, *options):
+            texts = [text + sample.add(token) for text, sample, token in zip(texts, samples, next_B.tolist(), strict=True)]
+            print(texts[0], end="", flush=True)
+            texts[0] = ""
+            if all(sample.ended for sample in samples):
+                break
+    print(*(text + sample.rest() for text, sample in zip(texts, samples, strict=True)), sep="\n")
+    for sample in samples:
+        if sample.n_tokens < args.max_new_tokens and not sample.ended:
+            limit = f"encoding {model.cfg.encoding!r} has positions for {model.max_len} tokens only"
+            print(f"[{limit}: stopped after {sample.n_tokens} new ones]", file=sys.stderr)
 
 
 @command
@@ -107,15 +144,12 @@ def main() -> None:
             "the tokenizer of shards without a manifest; prepare_fineweb.py writes one"
         )
     for prompt in prompts:
-        ids = tokenizer.encode(prompt).tolist()
-        if model.max_len is not None and len(ids) >= model.max_len:
-            raise UserError(
-                f"prompt of {len(ids)} tokens: encoding {model.cfg.encoding!r} has positions for {model.max_len} only"
-            )
-        for i in range(args.num_samples):
-            print(f"--- {folder}, seed {args.seed + i}\n{prompt}", end="", flush=True)
-            with dist.autocast():
-                stream_sample(model, tokenizer, ids, args, args.seed + i, dist)
+        n_ids = len(tokenizer.encode(prompt))
+        if model.max_len is not None and n_ids >= model.max_len:
+            raise UserError(f"prompt of {n_ids} tokens: encoding {model.cfg.encoding!r} has positions for {model.max_len} only")
+        seeds = range(args.seed, args.seed + args.num_samples)
+        for first in range(0, len(seeds), args.batch):
+            print_samples(model, tokenizer, prompt, seeds[first : first + args.batch], args, folder, dist)
 
 
 if __name__ == "__main__":

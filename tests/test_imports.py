@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "fsdp", "host", "positional"},
     {"files", "kernels", "rendezvous", "watchdog"},
     {"config", "corpus", "launch", "shards", "tokenizer"},
-    {"data", "distributed", "sources", "optim"},
+    {"data", "distributed", "kv_cache", "sources", "optim"},
     {"model", "provenance", "trackers", "token_stream"},
     {"checkpoint", "prepare_fineweb"},
     {"guard", "eval_ppl"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import load_config
-from model import GPT, sample_token
+from model import GPT, KVCache, sample_token
 from positional import ENCODINGS
 
 SIZES = ["--n_layer=3", "--n_head=4", "--n_embd=64", "--vocab_size=151", "--block_size=64"]
@@ -121,6 +121,40 @@ def test_greedy_generation_equals_recomputing_from_scratch():
         for next_B in model.generate(idx, 60, 151, temperature=0):
             assert torch.equal(next_B, model(idx)[:, -1].argmax(-1))
             idx = torch.cat((idx, next_B[:, None]), dim=1)
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_rows_with_a_generator_each_draw_what_they_draw_alone(encoding):
+    model = shaken(GPT(load_config([*SIZES, f"--encoding={encoding}"])))
+    idx = tokens(5)
+
+    def drawn(rows: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return torch.stack(list(model.generate(idx[rows], 20, 151, top_k=40, top_p=0.9, generator=generators)), dim=1)
+
+    assert torch.equal(drawn([0, 1, 2]), torch.cat([drawn([0]), drawn([1]), drawn([2])]))
+    assert not torch.equal(drawn([0]), drawn([1]))
+
+
+def test_the_last_logits_alone_are_the_last_of_all():
+    model = shaken(GPT(load_config([*SIZES, "--encoding=carope"])))
+    with torch.no_grad():
+        last = model(tokens(9), last_only=True)
+        torch.testing.assert_close(last, model(tokens(9))[:, -1:], atol=1e-5, rtol=0)
+    assert last.shape == (3, 1, 151)
+
+
+@pytest.mark.parametrize("encoding", ["rope", "carope", "learned"])
+def test_decoding_in_bf16_stays_as_close_to_fp32_as_the_full_forward(encoding):
+    model = shaken(GPT(load_config([*SIZES, f"--encoding={encoding}"])))
+    idx, cache = tokens(40), KVCache()
+    with torch.no_grad():
+        exact = model(idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            full = model(idx)
+            cached = torch.cat([model(idx[:, i : i + 1], cache=cache) for i in range(40)], dim=1)
+    assert {k.dtype for pair in cache.kv.values() for k in pair} == {torch.float32}
+    assert (cached - exact).square().mean() < 1.5 * (full - exact).square().mean()
 
 
 def test_sampling_follows_the_probabilities_and_their_cuts():

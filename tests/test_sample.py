@@ -30,6 +30,13 @@ def test_a_prompt_from_standard_input_and_greedy_decoding(runs):
     assert one.stdout.split("\n", 1)[1] == two.stdout.split("\n", 1)[1]
 
 
+def test_samples_drawn_together_are_those_drawn_alone(runs):
+    words = ["sample.py", runs / "carope", "--prompt", "One ", "--max_new_tokens", 60, "--num_samples", 5]
+    alone, together = run_command(*words), run_command(*words, "--batch", 3)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == alone.stdout and alone.stdout.count("--- ") == 5
+
+
 def test_past_the_training_length_unless_the_encoding_cannot(runs):
     long = run_command("sample.py", runs / "carope", "--prompt", "x", "--max_new_tokens", 100, "--temperature", 0)
     assert long.returncode == 0 and "stopped" not in long.stderr
@@ -50,6 +57,7 @@ def test_a_run_whose_tokenizer_nobody_recorded_is_refused(runs, tmp_path):
     ("words", "message"),
     [
         (["{run}", "--temperature", "-1"], "--temperature = -1.0: must be at least 0"),
+        (["{run}", "--batch", "0"], "--batch = 0: must be at least 1"),
         (["{run}", "--top_p", "2"], "--top_p = 2.0: must be above 0 and at most 1"),
         (["{run}", "--prompt", "x" * 40], "prompt of 40 tokens: encoding 'learned' has positions for 32 only"),
         (["{run}", "--file", "nowhere.txt"], "nowhere.txt: cannot be read"),

@@ -1,0 +1,215 @@
+"""prepare_fineweb.py from text to shards, against the tokenizer alone and against a pool of processes.
+
+    python bench.py prepare --source 'texts/*.parquet'
+    python bench.py prepare --source 'texts/*.parquet' --limit_tokens 5_000_000 --rounds 3
+
+- alone: tiktoken's encode_ordinary in one process, document by document, the texts already in memory, the ids thrown away
+- ours-N: prepare_fineweb.py with N workers: reading, encoding, shards, sha256, fsync
+- pool-N: the recipe of build-nanogpt's fineweb.py, written anew: a multiprocessing pool of N processes encodes a document at
+  a time (imap, chunks of 16), the parent copies the ids into a shard's array in memory and saves it with numpy
+
+All take the same documents and run one after another in every round, each in a new process of its own, with its vocabulary
+loaded before the clock starts. Tokens are those of `alone`; the end-of-text tokens that the others add are not counted.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DEMO_REPEATS = 10  # the demo corpus is 2 MB, a second's work
+SHARD_TOKENS = 100_000_000  # of the pool; ours has its own default
+
+
+class Job(NamedTuple):
+    """What every candidate is given; the first `n_texts` of the source are encoded, all of them for None."""
+
+    source: list[str]
+    tokenizer: str
+    n_texts: int | None
+    limit_tokens: int | None
+    scratch: str
+
+
+class Took(NamedTuple):
+    """Seconds, tokens, and the most resident bytes of the process and its children together."""
+
+    seconds: float
+    tokens: int
+    peak_bytes: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench.py prepare`."""
+    from prepare_fineweb import n_cores, positive
+
+    add = parser.add_argument
+    add("--source", nargs="+", metavar="WHERE", help="as for prepare_fineweb.py [default: the demo corpus, ten times over]")
+    add("--limit_tokens", "--limit-tokens", type=positive, metavar="N", help="stop after this many tokens [default: all]")
+    add("--workers", type=positive, nargs="+", default=sorted({1, n_cores()}), help="[default: 1 and all cores: %(default)s]")
+    add("--rounds", type=positive, default=5, help="[default: %(default)s]")
+    add("--scratch", metavar="FOLDER", help="where shards are written and removed again [default: the system's]")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    """Time every candidate in every round; returns the JSON fields. Raises UserError."""
+    from benchmarks.measure import spread, speedup
+    from errors import UserError
+
+    if rest:
+        raise UserError(f"{rest[0]}: no such option of bench.py prepare; see --help")
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        job = make_job(args, scratch)
+        candidates = {"alone": ("alone", 1)} | {f"{kind}-{n}": (kind, n) for n in args.workers for kind in ("ours", "pool")}
+        took: dict[str, list[Took]] = {name: [] for name in candidates}
+        for number in range(args.rounds):
+            names = list(candidates)[number % len(candidates) :] + list(candidates)[: number % len(candidates)]
+            for name in names:
+                took[name].append(in_a_new_process(*candidates[name], job))
+    seconds = {name: [one.seconds for one in each] for name, each in took.items()}
+    tokens = took["alone"][0].tokens
+    results = {}
+    for name, each in took.items():
+        results[name] = spread(seconds[name], tokens) | {
+            "ratio": speedup(seconds[name], seconds["alone"]),
+            "peak_memory_bytes": max(one.peak_bytes for one in each),
+        }
+        figures = results[name]
+        print(
+            f"{name:>8}: {figures['tokens_per_second'] / 1e6:6.2f}M tokens/s, {figures['ratio']:5.2f} × encode_ordinary alone, "
+            f"{figures['peak_memory_bytes'] / 1e6:6.0f} MB"
+        )
+    versus = {n: speedup(seconds[f"ours-{n}"], seconds[f"pool-{n}"]) for n in args.workers}
+    for n, ratio in versus.items():
+        print(f"ours ÷ pool, {n} at work: {ratio:.2f}")
+    best = results[f"ours-{max(args.workers)}"]
+    return {
+        "tokens_per_second": best["tokens_per_second"],
+        "ms_median": best["ms_median"],
+        "ms_p10": best["ms_p10"],
+        "ms_p90": best["ms_p90"],
+        "source": args.source or ["demo"],
+        "tokens": tokens,
+        "candidates": results,
+        "ours_over_pool": {str(n): ratio for n, ratio in versus.items()},
+    }
+
+
+def make_job(args: argparse.Namespace, scratch: str) -> Job:
+    """The documents that everybody gets; counts how many make up `limit_tokens`."""
+    source = args.source or [write_demo(Path(scratch, "demo.parquet"))]
+    n_texts = None
+    if args.limit_tokens:
+        from tokenizer import load_tokenizer
+
+        encode, n_texts, tokens = load_tokenizer("gpt2").encode, 0, 0
+        for text in texts(source, scratch):
+            n_texts, tokens = n_texts + 1, tokens + 1 + len(encode(text))
+            if tokens >= args.limit_tokens:
+                break
+    return Job(source, "gpt2", n_texts, args.limit_tokens, scratch)
+
+
+def write_demo(path: Path) -> str:
+    """The demo corpus, DEMO_REPEATS times, as a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from corpus import demo_documents
+
+    pq.write_table(pa.table({"text": demo_documents() * DEMO_REPEATS}), path)
+    return str(path)
+
+
+def texts(source: list[str], scratch: str) -> Iterator[str]:
+    """The texts that preparation encodes: documents, and of very long ones the pieces."""
+    from corpus import read_pieces
+    from sources import open_source
+
+    opened = open_source(source, Path(scratch, "fetched"))
+    for i in range(len(opened.files)):
+        with opened.fetch(i) as path:
+            yield from (piece.text for piece in read_pieces(path) if piece.text)
+
+
+def in_a_new_process(kind: str, n: int, job: Job) -> Took:
+    """Run one candidate with `n` at work, where nothing of the others is in memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(candidate, kind, n, job).result()
+
+
+def candidate(kind: str, n: int, job: Job) -> Took:
+    """Run one candidate in this process."""
+    from tokenizer import load_tokenizer
+
+    load_tokenizer(job.tokenizer)
+    seconds, tokens = {"alone": alone, "ours": ours, "pool": pooled}[kind](n, job)
+    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak = used[0] + (n * used[1] if kind == "pool" else 0)
+    return Took(seconds, tokens, peak * (1 if sys.platform == "darwin" else 1024))
+
+
+def alone(_n: int, job: Job) -> tuple[float, int]:
+    """encode_ordinary and nothing else."""
+    from tokenizer import load_tokenizer
+
+    in_memory = list(islice(texts(job.source, job.scratch), job.n_texts))
+    encode: Any = load_tokenizer(job.tokenizer)._tiktoken.encode_ordinary  # type: ignore[attr-defined]
+    begin = time.perf_counter()
+    tokens = sum(len(encode(text)) for text in in_memory)
+    return time.perf_counter() - begin, tokens
+
+
+def ours(n: int, job: Job) -> tuple[float, int]:
+    """The command itself, with `n` workers."""
+    from prepare_fineweb import parse_args, prepare
+
+    with tempfile.TemporaryDirectory(dir=job.scratch) as out, open(os.devnull, "w") as silence:
+        words = ["--source", *job.source, "--out", f"{out}/shards", "--tokenizer", job.tokenizer, "--workers", str(n)]
+        words += ["--limit_tokens", str(job.limit_tokens)] if job.limit_tokens else []
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            begin = time.perf_counter()
+            prepare(parse_args(words))
+            return time.perf_counter() - begin, 0
+
+
+def pooled(n: int, job: Job) -> tuple[float, int]:
+    """A document at a time to `n` processes, their ids copied into an array that is saved when full."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory(dir=job.scratch) as out, multiprocessing.get_context("fork").Pool(n) as pool:
+        pool.map(document_ids, ["warm"] * n, chunksize=1)
+        begin, shards = time.perf_counter(), 0
+        shard, filled = np.empty((SHARD_TOKENS,), dtype=np.uint16), 0
+        for ids in pool.imap(document_ids, islice(texts(job.source, job.scratch), job.n_texts), chunksize=16):
+            while filled + len(ids) >= SHARD_TOKENS:
+                room = SHARD_TOKENS - filled
+                shard[filled:] = ids[:room]
+                np.save(f"{out}/{shards}.npy", shard)
+                ids, filled, shards = ids[room:], 0, shards + 1
+            shard[filled : filled + len(ids)] = ids
+            filled += len(ids)
+        np.save(f"{out}/{shards}.npy", shard[:filled])
+        return time.perf_counter() - begin, 0
+
+
+def document_ids(text: str) -> Any:  # -> np.ndarray
+    """What a process of the pool does with a document: (n,) uint16, the end-of-text token first."""
+    import numpy as np
+
+    from tokenizer import load_tokenizer
+
+    tokenizer: Any = load_tokenizer("gpt2")
+    ids = np.array([tokenizer.eot, *tokenizer._tiktoken.encode_ordinary(text)])
+    if not ((ids >= 0) & (ids < 2**16)).all():
+        raise ValueError("an id does not fit into uint16")
+    return ids.astype(np.uint16)
