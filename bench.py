@@ -19,7 +19,7 @@ from typing import Any
 from errors import UserError, command
 from files import write_json
 
-COMMANDS = ("train", "eval", "decode", "data", "prepare", "all")
+COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "all")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
