@@ -31,30 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Interleave the candidates; prints and returns milliseconds, GB/s and the distance to a copy of each."""
-    import torch
-
     from benchmarks.measure import interleave, speedup, spread
     from distributed import pick_device
     from errors import UserError
 
     if rest:
         raise UserError(f"{rest[0]}: bench.py rotary has no such option; --help lists them")
-    for name in ("heads", "length", "head_width", "layers"):
-        if getattr(args, name) < 1 or (name == "head_width" and args.head_width % 2):
-            raise UserError(f"--{name} = {getattr(args, name)}: must be at least 1, and head_width even")
+    for name, least in (("batch", 0), ("heads", 1), ("length", 1), ("head_width", 2), ("layers", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} = {getattr(args, name)}: must be at least {least}")
+    if args.head_width % 2:
+        raise UserError(f"--head_width = {args.head_width}: must be even, as pairs of channels are rotated")
     device = pick_device(args.device)
     args.batch = args.batch or (32 if device.type == "cuda" else 1)
     n_bytes = {encoding: _floor(args, encoding) for encoding in ENCODINGS}
-    work, tokens = {}, args.batch * args.length
+    work: dict[str, Callable[[], object]] = {}
     for encoding in ENCODINGS:
-        source = torch.randn(n_bytes[encoding] // 8, device=device)  # read and written, 4 bytes an element
-        work[f"{encoding} copy"] = lambda source=source, copied=torch.empty_like(source): copied.copy_(source)
+        work[f"{encoding} copy"] = _copy(n_bytes[encoding], device)
         work |= {f"{encoding} {name}": call for name, call in _candidates(args, encoding, device).items()}
     seconds = interleave(work, args.rounds, args.warmup, device)
     found: dict[str, Any] = {}
     for name, times in seconds.items():
         encoding = name.split()[0]
-        one = spread(times, tokens) | {"of_copy": speedup(times, seconds[f"{encoding} copy"])}
+        one = spread(times, args.batch * args.length) | {"of_copy": speedup(times, seconds[f"{encoding} copy"])}
         one["gb_per_second"] = round(n_bytes[encoding] / one["ms_median"] / 1e6, 2)
         found[name] = one
         print(
@@ -70,6 +69,14 @@ def _floor(args: argparse.Namespace, encoding: str) -> int:
     unit = per_head * args.head_width * (2 if args.dtype == "bfloat16" else 4)
     once = 4 * per_head * 3 if encoding == "carope" else 0  # f twice, its gradient
     return args.layers * (12 if encoding == "carope" else 10) * unit + once
+
+
+def _copy(n_bytes: int, device: Any) -> Callable[[], object]:
+    """Half of `n_bytes` read, and as many written."""
+    import torch
+
+    source, copied = torch.zeros(2, n_bytes // 2, dtype=torch.uint8, device=device)
+    return lambda: copied.copy_(source)
 
 
 def _candidates(args: argparse.Namespace, encoding: str, device: Any) -> dict[str, Callable[[], object]]:
