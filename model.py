@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.support import rotation_kernel
 from positional import ENCODINGS, PositionalEncoding
 
@@ -116,7 +119,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         mask = causal_mask(T, k.size(2), located.bias, q)
-        y_BHTD = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        y_BHTD = attention(q, k, v, mask)
         return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -219,7 +222,7 @@ class GPT(nn.Module):
         With a cache, `idx_BT` are the tokens after those it holds. Raises ValueError beyond the encoding's max_len.
         """
         start = 0 if cache is None else len(cache)
-        B, T = idx_BT.shape
+        T = idx_BT.size(1)
         if self.max_len is not None and start + T > self.max_len:
             raise ValueError(
                 f"sequence of {start + T} tokens: encoding {self.cfg.encoding!r} has positions for {self.max_len} only"
@@ -229,15 +232,18 @@ class GPT(nn.Module):
         located = None if self.wpe is None else Located(self.wpe, -1, x_BTC, pos_T, cache)
         if self.wpe is not None:
             x_BTC = self.wpe.embed(x_BTC, pos_T)
+        recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
-            x_BTC = block(x_BTC, pos_T, located, cache)
+            if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either
+                x_BTC = checkpoint(block, x_BTC, pos_T, located, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC, pos_T, located, cache)
         if cache is not None:
             cache.length += T
-        logits_BTV = functional.linear(self.ln_f(x_BTC), self.wte.weight)
+        x_BTC = self.ln_f(x_BTC)
         if targets_BT is None:
-            return logits_BTV
-        loss = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view(B, T)
+            return functional.linear(x_BTC, self.wte.weight)
+        return linear_cross_entropy(x_BTC, self.wte.weight, targets_BT, reduction)
 
     @torch.no_grad()
     def health(self, idx_BT: Tensor) -> tuple[dict[str, float], str | None]:

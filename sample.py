@@ -12,6 +12,8 @@ import codecs
 import sys
 from pathlib import Path
 
+import host  # noqa: F401  before torch, which reads what it sets
+
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
