@@ -22,7 +22,7 @@ import host  # noqa: F401  before torch, which reads what it sets
 from errors import command
 from files import write_json
 
-COMMANDS = ("train", "eval", "decode", "data", "prepare", "startup", "scaling", "overlap", "all")
+COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "startup", "scaling", "overlap", "all")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

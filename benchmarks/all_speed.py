@@ -109,7 +109,7 @@ def stages(args: argparse.Namespace, rest: list[str]) -> dict[str, list[str]]:
     tiny = ["config/tiny.toml", *shared]
     found["decode"] = ["bench.py", "decode", *tiny]
     found["data"] = ["bench.py", "data", *tiny]
-    found["rotary"] = ["bench.py", "rotary"]
+    found["rotary"] = ["bench.py", "rotary", f"--device={args.device}", *rounds]
     if not args.gpu:
         found["prepare"] = ["bench.py", "prepare"]
         found["startup"] = ["bench.py", "startup", *tiny, "--micro_batch=4", "--rounds", "2"]
