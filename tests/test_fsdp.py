@@ -19,7 +19,7 @@ from train import train
 
 # Shards that do not divide: 321 rows of embeddings on two ranks, CARoPE's one row of W on one of them. Five batches in an
 # evaluation, seven in the last, one window and a part of one among them: the last round has none for rank 1
-ODD = ["--vocab_size=321", "--n_head=1", "--eval_tokens=421", "--final_eval_tokens=677", "--dist_timeout=60"]
+ODD = ["--vocab_size=321", "--n_head=1", "--eval_tokens=421", "--final_eval_tokens=677", "--dist_timeout=240"]
 RECOMPUTING = "--activation_checkpointing=true"
 
 
