@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+GPU_PY ?= python3
 # On a machine that others use too, threads that spin for each other long hold up each other
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-all faults soak clean-demo
+.PHONY: help demo test test-all faults soak gpu clean-demo
 
 help: ## these lines
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -36,6 +37,9 @@ faults: $(VENV)/.installed-dev ## every fault of docs/reliability.md injected: a
 soak: $(VENV)/.installed-dev ## 25 random kills each of training, preparation and table1.py: results/soak.json
 	$(PY) -m pytest tests/faults -m soak --faults results/soak.json
 	$(PY) tests/fault_report.py
+
+gpu: ## everything that needs a GPU, in ten minutes: results/gpu-bench.json. No set-up: GPU_PY=python3 with torch, see docs/performance.md
+	$(GPU_PY) bench.py all --gpu --budget 570 --json results/gpu-bench.json $(GPU_ARGS)
 
 clean-demo: ## forget the demo's data and runs
 	rm -rf data/demo runs/demo-* runs/table1.*

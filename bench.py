@@ -3,6 +3,7 @@
     python bench.py train config/tiny.toml --micro_batch=4 --encodings rope carope
     python bench.py train config/small.toml --synthetic --vs ../nanoGPT
     python bench.py decode config/small.toml
+    torchrun --standalone --nproc_per_node=2 bench.py overlap config/demo.toml --micro_batch=16
     python bench.py all --tiny --json results/bench.json
 
 `bench.py COMMAND --help` says what each measures. The last line printed is one JSON object.
@@ -11,15 +12,17 @@
 import argparse
 import importlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, command
+import host  # noqa: F401  before torch, which reads what it sets
+from errors import command
 from files import write_json
 
-COMMANDS = ("train", "eval", "decode", "data", "prepare", "all")
+COMMANDS = ("train", "eval", "decode", "data", "prepare", "startup", "scaling", "overlap", "all")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -28,11 +31,15 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    for name in [name for name in COMMANDS if name in argv[:1]] or COMMANDS:
         module = importlib.import_module(f"benchmarks.{name}_speed")
         doc = (module.__doc__ or "").strip()
         sub = commands.add_parser(
-            name, help=doc.splitlines()[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=doc.splitlines()[0].replace("%", "%%"),
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         module.add_arguments(sub)
         sub.add_argument("--json", metavar="FILE", help="also write the result there")
@@ -47,8 +54,10 @@ def conditions() -> dict[str, Any]:
     from distributed import pick_device
     from provenance import device_name, git_version
 
+    n_local = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", f"--nproc_per_node={n_local}"] if n_local else ["python"]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*launcher, *sys.argv]),
         "git": git_version(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -59,9 +68,11 @@ def conditions() -> dict[str, Any]:
 
 @command
 def main() -> None:
-    """Run the benchmark the command line names; the last line is its result."""
+    """Run the benchmark the command line names; the last line is its result. Under torchrun rank 0 prints it."""
     args, rest = parse_args(sys.argv[1:])
     result = conditions() | args.module.run(args, rest)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if args.json:
         write_json(Path(args.json), result)
     print(json.dumps(result))

@@ -25,6 +25,7 @@ from config import Config
 from data import ShardRecord
 from errors import UserError
 from files import fsync_folder, sha256_file
+from fsdp import cut, gather, is_sharded
 from model import GPT
 from shards import first_error
 
@@ -79,12 +80,23 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
         self._buffers: Tensors = {}
 
-    def save(self, model: nn.Module, optimizer: Optimizer, state: State) -> None:
-        """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError; older ones are whole then."""
-        self.wait()
+    def save(self, model: nn.Module, optimizer: Optimizer, state: State | None) -> None:
+        """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError; older ones are whole then.
+
+        Every rank must call it, for what is sharded over them is put together here; the one with a `state` writes.
+        """
+        sharded = is_sharded(model)
+        if state is None and not sharded:
+            return
+        # state_dict first: it brings back the shards where an evaluation has left parameters whole
         tensors = {MODEL: dict(model.state_dict()), OPTIMIZER: optimizer_tensors(model, optimizer)}
+        if sharded:
+            tensors = {file: gather(named, keep=state is not None) for file, named in tensors.items()}
+        if state is None:
+            return
+        self.wait()  # not before gather, where the others would wait for a rank that has left by an error
         if self._background:
-            tensors = self._copy(tensors)
+            tensors = tensors if sharded else self._copy(tensors)  # what was gathered is a copy
             self._pending = self._pool.submit(self._write, tensors, state)
         else:
             self._write(tensors, state)
@@ -298,7 +310,9 @@ def read_tensors(path: Path, expected: dict[str, Tensor], also: tuple[str, ...] 
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into `model`. Raises UserError where names, shapes or types differ."""
-    model.load_state_dict(read_tensors(path / MODEL, model.state_dict()))
+    own = model.state_dict()
+    found = read_tensors(path / MODEL, own)
+    model.load_state_dict({name: cut(found[name], like) for name, like in own.items()})
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -308,7 +322,9 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     like = {"exp_avg": lambda p: p, "exp_avg_sq": lambda p: p, "step": lambda _: torch.zeros(())}
     expected = {f"{key}.{names[id(p)]}": form(p) for p in parameters for key, form in like.items()}
     found = read_tensors(path / OPTIMIZER, expected, also=(RNG,))
-    state = {i: {key: found[f"{key}.{names[id(p)]}"] for key in like} for i, p in enumerate(parameters)}
+    state = {
+        i: {key: cut(found[f"{key}.{names[id(p)]}"], form(p)) for key, form in like.items()} for i, p in enumerate(parameters)
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     try:
         torch.set_rng_state(found[f"{RNG}cpu"])

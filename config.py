@@ -22,10 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from errors import UserError
 
-# On a CPU that others use too, threads that spin for each other long hold up each other. This is read when torch is first
-# imported, and train.py imports this module before torch.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks messages of one line, terminals or file systems
@@ -46,6 +42,16 @@ class Config(BaseModel):
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto is on for cuda")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="what the ranks of torchrun share: ddp only gradients, fsdp also the memory for weights and optimizer",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the input of each block and compute the block again in the backward pass"
+    )
+    kernel: Literal["auto", "triton", "eager"] = Field(
+        "auto", description="rotation of queries and keys; auto is eager until a measurement shows that triton wins"
+    )
 
     # model
     encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
@@ -144,9 +150,9 @@ class Config(BaseModel):
 
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
 FREE_ON_RESUME = {
-    "name", "out_dir", "data", "device", "dtype", "compile", "micro_batch", "eval_every", "eval_tokens", "final_eval_tokens",
-    "log_every", "save_every", "keep_checkpoints", "async_checkpoint", "wandb", "wandb_project", "tensorboard", "on_spike",
-    "spike_threshold", "replay_step", "verify_data", "dist_timeout",
+    "name", "out_dir", "data", "device", "dtype", "compile", "parallel", "activation_checkpointing", "kernel", "micro_batch",
+    "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint",
+    "wandb", "wandb_project", "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import EXIT_LOST_RANK, UserError
+from fsdp import compile_blocks, is_sharded, shard
 from rendezvous import meet
 from watchdog import Watchdog, follow_parent
 
@@ -25,6 +26,9 @@ PEAK_TFLOPS = {
     "H800": 989.4, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125,
     "A40": 149.7, "A6000": 154.8, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Distributed:
@@ -37,6 +41,7 @@ class Distributed:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_main = self.rank == 0
         self._watchdog: Watchdog | None = None
+        self._is_sharding = False
         self._place = "start"
 
     @classmethod
@@ -106,23 +111,47 @@ class Distributed:
         if first := next(filter(None, self.gather(mine)), None):
             raise UserError(first)
 
-    def wrap(self, model: nn.Module, cfg: Any) -> nn.Module:
-        """`model` as the loop calls it: compiled where cfg.compile says so, DDP where there are ranks."""
+    def shard(self, model: Module, cfg: Any) -> Module:
+        """`model` on this rank's device, before an optimizer is made of its parameters: all of it, or with FSDP a shard.
+
+        A process alone, without torchrun, has nobody to share with and keeps all.
+        """
+        self._is_sharding = cfg.parallel == "fsdp" and dist.is_initialized()
+        if self._is_sharding:
+            shard(model, self.device)
+            return model
+        return model.to(self.device)
+
+    def compiles(self, cfg: Any) -> bool:
+        """Whether cfg.compile means torch.compile on this device."""
+        return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
+
+    def wrap(self, model: nn.Module, cfg: Any, **ddp: Any) -> nn.Module:
+        """`model` as the loop calls it: compiled where cfg.compile says so, DDP (options: `ddp`) where ranks have it whole."""
         net: Any = model
-        if cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda"):
+        if self.compiles(cfg) and self._is_sharding:
+            compile_blocks(model)
+        elif self.compiles(cfg):
             net = torch.compile(net, dynamic=False)
-        if dist.is_initialized():
+        if dist.is_initialized() and not self._is_sharding:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+            net = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True, **ddp)
         return net
 
-    def sync_if(self, net: nn.Module, last: bool) -> AbstractContextManager:
-        """DDP exchanges gradients on the last micro-step only; nothing to do without DDP."""
-        return nullcontext() if last or not isinstance(net, DistributedDataParallel) else net.no_sync()
+    def sync_if(self, net: Any, last: bool) -> AbstractContextManager:
+        """DDP and FSDP exchange gradients on the last micro-step only; nothing to do without them."""
+        if isinstance(net, DistributedDataParallel):
+            return nullcontext() if last else net.no_sync()
+        if is_sharded(net):
+            # Fewer bytes to send, but up to the last micro-step each rank has the gradients whole, 4 bytes a parameter
+            net.set_requires_gradient_sync(last)
+        return nullcontext()
 
     def autocast(self) -> AbstractContextManager:
         """Matmuls in `dtype`; a no-op for float32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        # A cache of the cast weights saves nothing, each is used once, and would hold what FSDP has just let go
+        keep = not self._is_sharding
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32, cache_enabled=keep)
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum of `x` over ranks, in place."""

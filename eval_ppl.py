@@ -12,9 +12,12 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import host  # noqa: F401  before torch, which reads what it sets
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,6 +49,7 @@ from data import TokenStream, to_batch
 from distributed import Distributed, local_and_eager, pick_dtype
 from errors import UserError, command
 from files import write_json
+from fsdp import is_sharded, uncompiled
 from provenance import git_version
 
 
@@ -96,10 +100,16 @@ def evaluate(
                 dist.at(f"evaluation, batch {done} of {len(rounds)}")
                 if before_each:
                     before_each()
-                for first, count, width in at_once[dist.rank : dist.rank + 1]:  # the last round may have none for this rank
-                    x_BT, y_BT = to_batch(stream.read(first * length, count * width + 1), width, dist.device)
-                    model = local if (count, width) == (batch, length) else eager
-                    sums_W[first : first + count] = model(x_BT, y_BT, reduction="none").double().sum(1)
+                idle = dist.rank >= len(at_once)  # the last round may have no batch for this rank
+                if idle and not is_sharded(eager):
+                    continue
+                first, count, width = at_once[0 if idle else dist.rank]  # a shard is needed by the others: it comes along
+                x_BT, y_BT = to_batch(stream.read(first * length, count * width + 1), width, dist.device)
+                regular = (count, width) == (batch, length)
+                with nullcontext() if regular else uncompiled(eager):
+                    nll_B = (local if regular else eager)(x_BT, y_BT, reduction="none").double().sum(1)
+                if not idle:
+                    sums_W[first : first + count] = nll_B
     finally:
         eager.train(training)
     dist.sum_(sums_W)

@@ -14,6 +14,7 @@ from config import Config
 from data import Batches
 from distributed import Distributed
 from errors import UserError
+from fsdp import own_gradients
 
 WINDOW, LEAST = 128, 32  # steps that the median is taken over; below the least nothing is called a jump
 SIGMA_FLOOR = 0.01  # one percent: a loss that hardly moves must not make every wiggle a jump
@@ -41,28 +42,30 @@ class MicroStep(NamedTuple):
 
 def inspect_step(model: nn.Module, batches: Batches, step: int, dist: Distributed) -> list[MicroStep]:
     """Every micro-step of `step` by itself, on all ranks, in the order of its tokens; the weights stay as they are."""
-    mine = []
-    for micro in range(batches.grad_accum):
-        model.zero_grad(set_to_none=True)
-        x_BT, y_BT = batches[step, micro]
-        with FirstBadOutput(model) as watched, dist.autocast():
-            loss = model(x_BT, y_BT)
-        loss.backward()
-        norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
-        bad = next((f"gradient of {name}" for name, norm in norms.items() if not norm.isfinite()), None)
-        begin = batches.start(step, micro)
-        mine.append(
-            MicroStep(
-                micro,
-                dist.rank,
-                loss.item(),
-                torch.stack(list(norms.values())).norm().item(),
-                f"{x_BT.numel():,} tokens from {begin:,} of the stream on ({batches.stream.locate(begin)})",
-                watched.name or bad,
-            )
-        )
     model.zero_grad(set_to_none=True)
+    with own_gradients(model):
+        mine = [inspect_micro_step(model, batches, step, micro, dist) for micro in range(batches.grad_accum)]
     return sorted((m for rank in dist.gather(mine) for m in rank), key=lambda m: (m.micro, m.rank))
+
+
+def inspect_micro_step(model: nn.Module, batches: Batches, step: int, micro: int, dist: Distributed) -> MicroStep:
+    """One micro-step on this rank; no gradient is left of it."""
+    x_BT, y_BT = batches[step, micro]
+    with FirstBadOutput(model) as watched, dist.autocast():
+        loss = model(x_BT, y_BT)
+    loss.backward()
+    norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    bad = next((f"gradient of {name}" for name, norm in norms.items() if not norm.isfinite()), None)
+    begin = batches.start(step, micro)
+    return MicroStep(
+        micro,
+        dist.rank,
+        loss.item(),
+        torch.stack(list(norms.values())).norm().item(),
+        f"{x_BT.numel():,} tokens from {begin:,} of the stream on ({batches.stream.locate(begin)})",
+        watched.name or bad,
+    )
 
 
 class FirstBadOutput:
@@ -76,7 +79,8 @@ class FirstBadOutput:
         names = {module: name or "the loss" for name, module in self._model.named_modules()}
 
         def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self.name is None and isinstance(output, Tensor) and not output.isfinite().all():
+            # detached: what a hook keeps for a backward pass is missing where a block is computed again, without the hook
+            if self.name is None and isinstance(output, Tensor) and not output.detach().isfinite().all():
                 self.name = f"output of {names[module]}"
 
         self._handles = [module.register_forward_hook(look) for module in names]
@@ -105,12 +109,12 @@ class Guard:
         for name, values in self._history.items():
             values.extend(history.get(name, []))
 
-    def passes(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+    def passes(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the optimizer may use this step's gradients. `loss` and `grad_norm` are the same on every rank.
 
         Raises UserError on all ranks where they are not finite, or jump and on_spike = stop.
         """
-        values = {"loss": loss.item(), "gradient norm": grad_norm.item()}
+        values = {"loss": loss, "gradient norm": grad_norm}
         if not all(map(math.isfinite, values.values())):
             self._refuse(step, values)
         jumps = [] if self.cfg.on_spike == "off" else list(filter(None, map(self._jump, values, values.values())))

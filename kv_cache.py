@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from kernels.attention import attention
 from positional import PositionalEncoding
 
 
 def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None) -> Tensor:
     """Causal attention of T queries at the end of S keys, (B, H, T, D)."""
-    T = q_BHTD.size(2)
-    mask = causal_mask(T, k_BHSD.size(2), bias, q_BHTD)
-    return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=mask is None and T > 1)
+    return attention(q_BHTD, k_BHSD, v_BHSD, causal_mask(q_BHTD.size(2), k_BHSD.size(2), bias, q_BHTD))
 
 
 def causal_mask(T: int, S: int, bias: Tensor | None, q: Tensor) -> Tensor | None:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.support import rotation_kernel
 from kv_cache import KVCache, attend
 from positional import ENCODINGS, PositionalEncoding
 
@@ -30,9 +33,17 @@ class _Coordinates(KVCache):
 
 
 class Located:
-    """Where the tokens of one forward pass stand, as one encoding measures it, ready for attention to use."""
+    """Where the tokens of one forward pass stand, as one encoding measures it, ready for attention to use.
+
+    A kernel has no use for coordinates; with a cache there is none, as decoding goes on from those of the last token.
+    """
 
     def __init__(self, encoding: PositionalEncoding, layer: int, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
+        self.rotation = self.bias = None
+        kernel = encoding.kernel if cache is None else None
+        if kernel and (x_BTC.is_cuda or kernel.interpreted):
+            self.rotation = kernel(encoding.frequency(x_BTC), encoding.n_pairs, encoding.inclusive)
+            return
         if cache is None:
             coords_q = coords_k = encoding.coords(x_BTC, pos_T)
         else:
@@ -41,8 +52,12 @@ class Located:
         self.frame = encoding.frame(coords_q)
         self.bias = encoding.bias(coords_q, coords_k)
 
-    def rotate(self, u_BHTD: Tensor) -> Tensor:
-        return self.encoding.rotate(u_BHTD, self.frame)
+    def rotate(self, qkv_3BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k turned to their positions, and v."""
+        if self.rotation is not None:
+            return self.rotation(qkv_3BHTD)
+        q, k, v = qkv_3BHTD
+        return self.encoding.rotate(q, self.frame), self.encoding.rotate(k, self.frame), v
 
 
 class Attention(nn.Module):
@@ -56,8 +71,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, located: Located, cache: KVCache | None) -> Tensor:
         B, T, C = x_BTC.shape
-        q, k, v = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = located.rotate(q), located.rotate(k)
+        qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = located.rotate(qkv_3BHTD)
         y_BHTD = attend(q, k, v, located.bias) if cache is None else cache.attend(self.layer, q, k, v, located.bias)
         return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
@@ -109,6 +124,8 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.wpe = None if encoding.per_layer else encoding(cfg)
         self.encodings: list[PositionalEncoding] = [m for m in self.modules() if isinstance(m, PositionalEncoding)]
+        for one in self.encodings:
+            one.kernel = rotation_kernel(cfg.kernel, type(one))
         # Longest input the encoding has positions for; None is unlimited
         self.max_len = min((e.max_len for e in self.encodings if e.max_len is not None), default=None)
         with torch.random.fork_rng(devices=[]):
@@ -157,7 +174,7 @@ class GPT(nn.Module):
         With a cache, `idx_BT` are the tokens after those it holds. Raises ValueError beyond the encoding's max_len.
         """
         start = 0 if cache is None else len(cache)
-        B, T = idx_BT.shape
+        T = idx_BT.size(1)
         if self.max_len is not None and start + T > self.max_len:
             raise ValueError(
                 f"sequence of {start + T} tokens: encoding {self.cfg.encoding!r} has positions for {self.max_len} only"
@@ -167,17 +184,20 @@ class GPT(nn.Module):
         located = None if self.wpe is None else Located(self.wpe, -1, x_BTC, pos_T, cache)
         if self.wpe is not None:
             x_BTC = self.wpe.embed(x_BTC, pos_T)
+        recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
-            x_BTC = block(x_BTC, pos_T, located, cache)
+            if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either
+                x_BTC = checkpoint(block, x_BTC, pos_T, located, None, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(x_BTC, pos_T, located, cache)
         if cache is not None:
             cache.length += T
         if last_only:  # of a long prompt, the other logits would take more memory than all the rest
             x_BTC = x_BTC[:, -1:]
-        logits_BTV = functional.linear(self.ln_f(x_BTC), self.wte.weight)
+        x_BTC = self.ln_f(x_BTC)
         if targets_BT is None:
-            return logits_BTV
-        loss = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view(B, T)
+            return functional.linear(x_BTC, self.wte.weight)
+        return linear_cross_entropy(x_BTC, self.wte.weight, targets_BT, reduction)
 
     @torch.no_grad()
     def health(self, idx_BT: Tensor) -> tuple[dict[str, float], str | None]:

@@ -3,9 +3,11 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from config import Config
+from fsdp import whole
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -30,3 +32,10 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, cfg: Config) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
+
+
+def clip_(model: nn.Module, limit: float) -> Tensor:
+    """Scale the gradients down to the norm `limit` where theirs is larger; returns their norm, the same on every rank."""
+    norm = whole(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm

@@ -25,6 +25,9 @@ class PositionalEncoding(nn.Module):
 
     per_layer = False  # True: one instance per block, which sees that block's ln_1 output instead of the embeddings
     max_len: int | None = None  # longest input it has positions for; None is unlimited
+    kernel: Any = None  # does the work of `rotate` from `frequency`; the model sets it
+    n_pairs = 0  # for it: pairs of channels of a head
+    inclusive = True  # for it: whether a token's own f counts in its phase
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -55,6 +58,13 @@ class PositionalEncoding(nn.Module):
     def rotate(self, u_BHTD: Tensor, frame: Any) -> Tensor:
         """Queries or keys turned to their position, same shape and type."""
         return u_BHTD
+
+    def frequency(self, x_BTC: Tensor) -> Tensor | None:
+        """f, (B or 1, H or 1, T): `rotate` turns pair i by the running sum of f^i from the first token on. None: it does not.
+
+        All a kernel needs to know in place of `coords`, `frame` and `rotate`; a class that changes these alone gets no kernel.
+        """
+        return None
 
     def bias(self, coords_q: Tensor | None, coords_k: Tensor | None) -> Tensor | None:
         """Added to the attention logits, (B or 1, H, T, S), or None. Overriding it makes the cache keep all coords."""
@@ -105,6 +115,8 @@ class RoPE(PositionalEncoding):
     Channels are paired half-split, (u_i, u_{i+D/2}), as in Llama and GPT-NeoX. Coordinates are the phases, radians.
     """
 
+    inclusive = False  # the first token stands at 0
+
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.n_pairs = cfg.n_embd // cfg.n_head // 2
@@ -118,6 +130,9 @@ class RoPE(PositionalEncoding):
                 f"encoding = {cfg.encoding!r}: rotates pairs of channels, so the head width n_embd / n_head = "
                 f"{cfg.n_embd} / {cfg.n_head} = {head_width} must be even"
             )
+
+    def frequency(self, x_BTC: Tensor) -> Tensor:
+        return torch.full((1, 1, 1), self.theta, dtype=torch.float64, device=x_BTC.device).expand(1, 1, x_BTC.size(1))
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         # (1, 1, T, F) is small: float64 is free, and the product keeps every digit of fp32 at any position
@@ -145,6 +160,7 @@ class CARoPE(RoPE):
     """
 
     has_bias = True
+    inclusive = True
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)

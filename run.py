@@ -157,25 +157,26 @@ class Run:
         """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError on all ranks where it fails."""
         self.dist.at(f"step {step}: saving")
         with self.dist.together():
-            if self.dist.is_main:
-                os.fsync(self._log_file)
-                state = State(
-                    step=step,
-                    tokens=step * self.cfg.tokens_per_step,
-                    config=self.cfg.model_dump(),
-                    **self._data,
-                    shards=self._shards,
-                    val_loss=self._val_loss,
-                    val_step=self._val_step,
-                    log_bytes=self._log_file.tell(),
-                    guard=self._guard.history,
-                    git=git_version(),
-                )
-                self._writer.save(model, optimizer, state)
-                if self.stopping or step == self.cfg.steps:
-                    self._writer.wait()
+            self._writer.save(model, optimizer, self._state(step) if self.dist.is_main else None)
+            if self.stopping or step == self.cfg.steps:
+                self._writer.wait()
         self._saved = (step, self._val_step)
         self._restart_clock()
+
+    def _state(self, step: int) -> State:
+        os.fsync(self._log_file)
+        return State(
+            step=step,
+            tokens=step * self.cfg.tokens_per_step,
+            config=self.cfg.model_dump(),
+            **self._data,
+            shards=self._shards,
+            val_loss=self._val_loss,
+            val_step=self._val_step,
+            log_bytes=self._log_file.tell(),
+            guard=self._guard.history,
+            git=git_version(),
+        )
 
     def log(self, step: int, **values: float) -> None:
         """Append a record: `values` and what they cost. Validation records are those with a val_loss."""

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import host  # noqa: F401  before torch, which reads what it sets
+
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import host  # noqa: F401  before torch, which reads what it sets
+from benchmarks.scaling import hours_from, summary
 from config import Config, load_config
 from errors import EXIT_REQUEUE, UserError, command
 from files import atomic_write, write_json
@@ -32,7 +34,7 @@ PAPER = {
     ("tiny", 512): {"rope": 29.33, "carope": 28.99, "learned": 30.48, "sinusoidal": 30.62},
     ("tiny", 1024): {"rope": 81.27, "carope": 36.74, "sinusoidal": 223.28},
 }
-REFERENCE_FLOPS = 2 * 989.4e12 * 0.4  # two H100s at 40 % of their dense bf16 peak, for runs whose speed nobody measured yet
+H100S = 2  # the paper's, for the hours of runs whose speed nobody measured yet
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,17 @@ def measured_rate(entry: Entry) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def hours_left(entries: list[Entry]) -> list[tuple[float, bool]]:
-    """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size."""
+def hours_left(entries: list[Entry]) -> list[tuple[float | None, bool]]:
+    """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size.
+
+    Where there is none, they are those that benchmarks/scaling.py predicts; None where it cannot.
+    """
     rates = [measured_rate(entry) for entry in entries]
-    hours = []
+    hours: list[tuple[float | None, bool]] = []
     for entry, rate in zip(entries, rates, strict=True):
         same_size = [r for e, r in zip(entries, rates, strict=True) if r and e.size == entry.size]
         rate = rate or (statistics.median(same_size) if same_size else None)
-        hours.append((entry.tokens_left / (rate or REFERENCE_FLOPS / entry.cfg.flops_per_token) / 3600, rate is not None))
+        hours.append((entry.tokens_left / rate / 3600, True) if rate else (hours_from(entry.cfg, entry.step, H100S), False))
     return hours
 
 
@@ -135,11 +140,13 @@ def show_plan(entries: list[Entry]) -> None:
     print(f"{'run':24}{'status':>16}{'tokens left':>18}{'hours':>10}")
     hours = hours_left(entries)
     for entry, (time, measured) in zip(entries, hours, strict=True):
-        print(f"{entry.cfg.name:24}{entry.status:>16}{entry.tokens_left:>18,}{time:>9.1f}{' ' if measured else '*'}")
-    total = sum(time for time, _ in hours)
+        shown = "–" if time is None else f"{time:.1f}"
+        print(f"{entry.cfg.name:24}{entry.status:>16}{entry.tokens_left:>18,}{shown:>9}{' ' if measured else '*'}")
+    total = sum(time or 0 for time, _ in hours)
     print(f"{'together':24}{'':16}{sum(e.tokens_left for e in entries):>18,}{total:>9.1f}")
-    if not all(measured for _, measured in hours):
-        print("* at 40 % MFU on two H100s; the speed of this machine is known after the first steps")
+    if guessed := [(e.cfg, e.step) for e, (_, measured) in zip(entries, hours, strict=True) if not measured]:
+        print(f"* predicted for {H100S} GPUs (docs/scaling.md); the speed of this machine is known after the first steps")
+        print(summary(guessed))
 
 
 def launch(script: str, arguments: list[str], nproc: int) -> None:

@@ -8,34 +8,37 @@ The same command, started again after an interruption, goes on from the newest c
 
 import sys
 
+import host  # noqa: F401  before torch, which reads what it sets
 from config import Config, load_config
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
     load_config(sys.argv[1:])
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import nn
 
 from data import Batches, TokenStream, to_batch
-from distributed import Distributed
+from distributed import Distributed, pick_device
 from errors import command
 from eval_ppl import evaluate
+from fsdp import uncompiled
 from guard import Guard
+from kernels.support import check_kernel
 from model import GPT
-from optim import make_optimizer, set_lr
+from optim import make_optimizer
 from replay import Replay
 from run import Leaving, Run
+from step import update
 
 
 def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
+    check_kernel(cfg.kernel, pick_device(cfg.device))
     run_type = Run if cfg.replay_step < 0 else Replay
     with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, run_type(cfg, dist) as run:
         with dist.together():
             batches = Batches(cfg, "train", dist)
             val = TokenStream(cfg.data, "val", cfg.vocab_size)
-        model = GPT(cfg).to(dist.device)
+        model = dist.shard(GPT(cfg), cfg)
         optimizer = make_optimizer(model, cfg)
         guard = Guard(cfg, dist, model, batches)
         start = run.resume(model, optimizer, guard, [batches.stream, val])
@@ -48,27 +51,8 @@ def train(cfg: Config) -> int:
                 run.save(step, model, optimizer)
             if run.stopping or step == cfg.steps:
                 break
-            lr = set_lr(optimizer, step, cfg)
-            loss = forward_backward(net, batches, step, dist)
-            norm = clip_grad_norm_(model.parameters(), cfg.grad_clip)
-            if guard.passes(step, loss, norm):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.log(step, loss=loss.item(), lr=lr, grad_norm=norm.item())
+            run.log(step, **update(step, net, optimizer, batches, guard, dist, cfg))
     return run.exit_code
-
-
-def forward_backward(net: nn.Module, batches: Batches, step: int, dist: Distributed) -> Tensor:
-    """Accumulate one step's gradients; returns the true mean loss over its micro-steps and ranks."""
-    total = torch.zeros((), device=dist.device)
-    for micro in range(batches.grad_accum):
-        x_BT, y_BT = batches[step, micro]
-        with dist.sync_if(net, micro == batches.grad_accum - 1):
-            with dist.autocast():
-                loss = net(x_BT, y_BT) / batches.grad_accum
-            loss.backward()
-        total += loss.detach()
-    return dist.mean_(total)
 
 
 def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) -> None:
@@ -85,7 +69,8 @@ def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) 
     except Leaving:
         return
     x_BT, _ = to_batch(val.read(0, cfg.block_size + 1), cfg.block_size, dist.device)
-    health, complaint = model.health(x_BT)
+    with uncompiled(model):
+        health, complaint = model.health(x_BT)
     run.log(step, val_loss=found.nll, val_perplexity=found.perplexity, val_tokens=found.tokens, **health)
     run.warn(step, complaint if step > max(cfg.warmup_steps, cfg.steps // 10) else None)
 

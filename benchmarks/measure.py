@@ -1,11 +1,14 @@
 """Timing that survives a noisy machine: candidates interleaved round by round, medians, ratios within a round."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from errors import UserError
 
 Work = Callable[[], object]
 
@@ -21,14 +24,16 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each of `rounds` rounds, after `warmup` rounds that do not count.
 
-    In every round each candidate runs once, in an order that moves on by one from round to round, so that none always follows the
-    same other one.
+    In every round each candidate runs once, in an order drawn anew: what runs before, a large matmul say, leaves cold caches.
+    Raises UserError for fewer than one round.
     """
-    device, names = device or torch.device("cpu"), list(candidates)
+    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise UserError(f"--{name} = {value}: must be at least {least}")
+    device, names, order = device or torch.device("cpu"), list(candidates), random.Random(1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             synchronize(device)
             begin = time.perf_counter()
             candidates[name]()

@@ -24,6 +24,16 @@ def test_every_promise_has_its_test(number):
     assert f"`tests/faults/{path.name}`" in PAGE
 
 
+def test_the_tables_of_scaling_are_the_models_and_the_measured_ones():
+    from benchmarks.scaling_report import blocks
+
+    page = (ROOT / "docs/scaling.md").read_text()
+    for name, text in blocks().items():
+        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m benchmarks.scaling_report writes them"
+    report = json.loads((ROOT / "results/overlap-cpu.json").read_text())
+    assert {"command", "git", "device", "torch", "world_size", "backend"} <= set(report) and "dirty" not in report["git"]
+
+
 def test_every_option_the_page_names_exists():
     from config import Config
 

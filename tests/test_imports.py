@@ -1,29 +1,32 @@
-"""Imports go one way: base modules → model → eval_ppl → {train, sample} → table1; positional.py stands alone."""
+"""Imports go one way: base modules → model → eval_ppl → {train, sample} → benchmarks → table1; positional.py stands alone."""
 
 import ast
 
 from conftest import ROOT
 
-MODULES = {path.stem: path for path in ROOT.glob("*.py")}
+MODULES = {path.stem: [path] for path in ROOT.glob("*.py")}
+MODULES |= {path.parent.name: [*path.parent.glob("*.py")] for path in ROOT.glob("*/__init__.py")}  # a package is one module
 LAYERS = [
-    {"errors", "positional"},
-    {"files", "rendezvous", "watchdog"},
+    {"errors", "fsdp", "host", "positional"},
+    {"files", "kernels", "rendezvous", "watchdog"},
     {"config", "corpus", "launch", "shards", "tokenizer"},
-    {"data", "distributed", "sources", "optim"},
+    {"data", "distributed", "kv_cache", "sources", "optim"},
     {"model", "provenance", "trackers", "token_stream"},
     {"checkpoint", "prepare_fineweb"},
     {"guard", "eval_ppl"},
-    {"run"},
+    {"run", "step"},
     {"replay", "sample"},
     {"train"},
-    {"table1"},
+    {"benchmarks"},
+    {"bench", "table1"},
 ]
+ON_DEMAND = {"rotary.py", "rotary_tiles.py"}  # kernels/support.py imports these where Triton is there and asked for
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
 
 
 def imports(module: str, top_only: bool = False) -> set[str]:
-    tree = ast.parse(MODULES[module].read_text())
-    nodes = tree.body if top_only else list(ast.walk(tree))
+    trees = [ast.parse(path.read_text()) for path in MODULES[module] if not (top_only and path.name in ON_DEMAND)]
+    nodes = [node for tree in trees for node in (tree.body if top_only else ast.walk(tree))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     return {name.partition(".")[0] for name in names}
@@ -33,7 +36,7 @@ def test_imports_go_one_way():
     level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
     assert set(level) == set(MODULES)
     for module in MODULES:
-        for other in imports(module) & set(MODULES):
+        for other in imports(module) & set(MODULES) - {module}:
             assert level[other] < level[module], f"{module} imports {other}"
 
 

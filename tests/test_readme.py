@@ -69,6 +69,20 @@ def test_the_papers_numbers_are_those_of_table1():
         assert f"| {name} | {length} | {' | '.join(cells)} |".replace("|  |", "| |") in README
 
 
+def test_the_estimated_hours_are_those_of_the_dry_run():
+    from benchmarks.scaling import Machine
+    from benchmarks.scaling_report import ENCODINGS, config, hours_from
+
+    sizes = {size: [config(size, encoding) for encoding in ENCODINGS] for size in ("tiny", "small")}
+    tiny, small = (hours_from(cfgs[0], 0, 2) for cfgs in sizes.values())
+    total = {gpus: sum(hours_from(cfg, 0, gpus) for cfgs in sizes.values() for cfg in cfgs) for gpus in (1, 2, 8)}
+    dollars = {gpus: f"${hours * gpus * Machine.dollars:.0f}" for gpus, hours in total.items()}
+    assert f"GPT-Tiny {tiny:.1f} hours a run, GPT-Small {small:.1f}, all eight {total[2]:.1f}, on two H100s" in README
+    assert (
+        f"{total[1]:.1f} on one, {total[8]:.1f} on eight ({dollars[1]} to {dollars[8]} at ${Machine.dollars:.2f} per" in README
+    )
+
+
 def test_every_measured_table_comes_from_its_file():
     blocks = re.findall(r"<!-- (results/\S+\.json) -->\n(.*?)<!-- end -->", README, re.DOTALL)
     assert blocks

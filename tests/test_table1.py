@@ -53,7 +53,10 @@ def test_the_plan_of_the_papers_table():
     names = [f"{size}-{encoding}" for size in ("tiny", "small") for encoding in ("rope", "carope", "learned", "sinusoidal")]
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert all(lines[name] == ["missing", "9,961,472,000", "1.0*" if "tiny" in name else "2.8*"] for name in names)
-    assert lines["together"] == ["79,691,776,000", "15.2"]
+    assert lines["together"] == ["79,691,776,000", "15.4"]
+    *_, source, estimate = done.stdout.splitlines()
+    assert "396 TFLOP/s per GPU, assumed (40 % of an H100's 989.4), and $2.50 per GPU-hour" in source
+    assert estimate.strip() == "1 GPU 30.6 hours, $77; 2 GPUs 15.4 hours, $77; 8 GPUs 4.0 hours, $80"
 
 
 def test_the_plan_counts_what_is_done_and_uses_the_measured_speed(words, tmp_path):
@@ -65,6 +68,15 @@ def test_the_plan_counts_what_is_done_and_uses_the_measured_speed(words, tmp_pat
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert lines["demo-rope"] == ["finished", "0", "0.0"]
     assert lines["demo-learned"] == ["missing", "1,024", "2.8"]  # 1024 tokens at the speed of its neighbor
+    assert "TFLOP/s" not in done.stdout  # nothing is left to guess
+
+
+def test_the_plan_says_where_it_cannot_estimate(words):
+    """Three sequences a step: one GPU can take them, two cannot."""
+    done = run_command(*words, "--dry_run", "--tokens_per_step=192", "--micro_batch=3")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert lines["demo-rope"] == ["missing", "768", "–*"] and lines["1"][0] == "GPU" and "2 GPUs" not in lines["1"]
 
 
 def test_a_folder_that_holds_another_run_is_planned_around_and_refused(words):

@@ -119,7 +119,7 @@ def test_what_goes_on_is_no_spike():
     """Skipping for ever would be a run that stands still: the eleventh skip in a row stops it."""
     cfg = load_config(["--on_spike=skip", "--encoding=nope", "--n_layer=1", "--n_embd=8", "--n_head=1", "--vocab_size=9"])
     guard = Guard(cfg, type("Main", (), {"is_main": False}), GPT(cfg), None)
-    usual, jump = torch.tensor(2.0), torch.tensor(9.0)
+    usual, jump = 2.0, 9.0
     assert all(guard.passes(step, usual, usual) for step in range(40))
     assert not any(guard.passes(step, jump, usual) for step in range(40, 50))
     with pytest.raises(UserError, match="11th step in a row"):

@@ -1,0 +1,111 @@
+"""The tables of docs/performance.md, from results/bench-*.json.
+
+python -m benchmarks.performance_report          # write them into the page
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from files import atomic_write
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/performance.md"
+WAITS = "needs a GPU: `make gpu`"
+Value = Callable[[dict[str, Any]], str]
+
+
+def result(name: str) -> dict[str, Any]:
+    """What bench.py wrote to results/bench-NAME.json."""
+    return json.loads((ROOT / f"results/bench-{name}.json").read_text())
+
+
+def peer(found: dict[str, Any], name: str) -> float:
+    """How many times as fast as the peer of this name the baseline is."""
+    return next(one["ours_over_theirs"] for one in found["peers"] if one["peer"].startswith(name))
+
+
+def encoding(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The result of one encoding."""
+    return next(one for one in found["results"] if one["encoding"] == name)
+
+
+# what, target, results/bench-….json or None, value
+TARGETS: list[tuple[str, str, str | None, Value]] = [
+    ("GPT-Small, T = 512, one H100 or H200, bf16, RoPE", "≥ 500k tokens/s, ≥ 50 % of the matmul rate", None, lambda _: ""),
+    ("GPT-Tiny likewise", "≥ 1.4M tokens/s", None, lambda _: ""),
+    ("CARoPE ÷ RoPE on a GPU, `carope` and `carope_hidden`", "≥ 0.98 and ≥ 0.95", None, lambda _: ""),
+    ("ours ÷ build-nanogpt and ÷ nanoGPT on a GPU", "≥ 1.25", None, lambda _: ""),
+    ("peak memory of GPT-Small on a GPU, 32 × 512 and 64 × 512", "24 GB and 40 GB", None, lambda _: ""),
+    (
+        "GPT-Tiny 4 × 512 in bf16 on two cores, share of the matmul rate", "≥ 70 %", "train-cpu",
+        lambda r: f"{r['mfu_measured']:.1%}",
+    ),
+    ("the same ÷ nanoGPT as it ships (fp32, not compiled)", "≥ 2.2", "train-cpu", lambda r: f"{peer(r, 'nanoGPT'):.2f}"),
+    ("the same ÷ build-nanogpt as it ships", "–", "train-cpu", lambda r: f"{peer(r, 'build-nanogpt'):.2f}"),
+    ("the same ÷ nanoGPT in bf16 and compiled", "–", "train-tuned-cpu", lambda r: f"{peer(r, 'nanoGPT'):.2f}"),
+    (
+        "CARoPE ÷ RoPE on two cores, `carope` and `carope_hidden`", "–", "train-cpu",
+        lambda r: f"{encoding(r, 'carope')['vs_baseline']:.3f} and {encoding(r, 'carope_hidden')['vs_baseline']:.3f}",
+    ),
+    (
+        "whole step ÷ forward, backward, optimizer alone", "≤ 1.03", "train-cpu",
+        lambda r: f"{r['whole_over_bare']:.3f}",
+    ),
+    ("evaluation ÷ training, tokens/s", "≥ 2.8", "eval-cpu", lambda r: f"{r['eval_over_train']:.2f}"),
+    (
+        "`train.py` to its first step, GPT-Tiny 4 × 512", "≤ 10 s", "startup-cpu",
+        lambda r: f"{r['seconds']['first step']['median']:.1f} s",
+    ),
+    (
+        "`--help`, the slowest of the scripts", "≤ 1 s", "startup-cpu",
+        lambda r: f"{max(s['median'] for name, s in r['seconds'].items() if name != 'first step'):.2f} s",
+    ),
+]  # fmt: skip
+
+
+def render_targets() -> str:
+    """A row per target: what, target, measured, file."""
+    lines = ["| what | target | measured | file |", "|---|---|---:|---|"]
+    for what, target, name, value in TARGETS:
+        cells = (value(result(name)), f"`results/bench-{name}.json`") if name else ("–", WAITS)
+        lines.append(f"| {what} | {target} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_training() -> str:
+    """A row per encoding and peer of results/bench-train-cpu.json."""
+    found = result("train-cpu")
+    lines = ["| | ms | p10 | p90 | tokens/s | of the matmul rate |", "|---|---:|---:|---:|---:|---:|"]
+    for one in [*found["results"], *found["peers"]]:
+        share = f"{one['mfu_measured']:.1%}" if "mfu_measured" in one else "–"
+        spread = " | ".join(f"{one[key]:,.0f}" for key in ("ms_median", "ms_p10", "ms_p90", "tokens_per_second"))
+        lines.append(f"| {one.get('encoding', one.get('peer'))} | {spread} | {share} |")
+    return "\n".join(lines) + f"\n\n{source(found)}\n"
+
+
+def source(found: dict[str, Any]) -> str:
+    """Command, machine, commit and n of a result."""
+    machine = f"{found['device']}, {found['threads']} threads, torch {found['torch']}"
+    n, matmul = found["n"], found["matmul_tflops"]
+    return f"`{found['command']}`, {machine}, commit {found['git'][:7]}, n = {n}, matmul {matmul:.3f} TFLOP/s."
+
+
+def blocks() -> dict[str, str]:
+    """Text for each marker of the page."""
+    return {"targets": render_targets(), "training": render_training()}
+
+
+def main() -> None:
+    """Put the tables into the page."""
+    page = PAGE.read_text()
+    for name, text in blocks().items():
+        before, rest = page.split(f"<!-- {name} -->\n")
+        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    with atomic_write(PAGE, "w") as file:
+        file.write(page)
+
+
+if __name__ == "__main__":
+    main()
