@@ -16,8 +16,6 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -41,7 +39,7 @@ class Job(NamedTuple):
 
 
 class Took(NamedTuple):
-    """Seconds, tokens, and the most resident bytes of the process and its children together."""
+    """Seconds, tokens, and the most bytes resident in the process and its children, pages they share counted for each."""
 
     seconds: float
     tokens: int
@@ -62,19 +60,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Time every candidate in every round; returns the JSON fields. Raises UserError."""
-    from benchmarks.measure import spread, speedup
     from errors import UserError
 
     if rest:
         raise UserError(f"{rest[0]}: no such option of bench.py prepare; see --help")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         job = make_job(args, scratch)
-        candidates = {"alone": ("alone", 1)} | {f"{kind}-{n}": (kind, n) for n in args.workers for kind in ("ours", "pool")}
-        took: dict[str, list[Took]] = {name: [] for name in candidates}
+        candidates = [("alone", 1), *((kind, n) for n in args.workers for kind in ("ours", "pool"))]
+        took: dict[str, list[Took]] = {}
         for number in range(args.rounds):
-            names = list(candidates)[number % len(candidates) :] + list(candidates)[: number % len(candidates)]
-            for name in names:
-                took[name].append(in_a_new_process(*candidates[name], job))
+            first = number % len(candidates)
+            for kind, n in candidates[first:] + candidates[:first]:
+                name = kind if kind == "alone" else f"{kind}-{n}"
+                took.setdefault(name, []).append(in_a_new_process(kind, n, job))
+    return figures(took, args) | {"source": args.source or ["demo"]}
+
+
+def figures(took: dict[str, list[Took]], args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON fields; prints a line for each candidate."""
+    from benchmarks.measure import speedup, spread
+
     seconds = {name: [one.seconds for one in each] for name, each in took.items()}
     tokens = took["alone"][0].tokens
     results = {}
@@ -83,22 +88,15 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
             "ratio": speedup(seconds[name], seconds["alone"]),
             "peak_memory_bytes": max(one.peak_bytes for one in each),
         }
-        figures = results[name]
-        print(
-            f"{name:>8}: {figures['tokens_per_second'] / 1e6:6.2f}M tokens/s, {figures['ratio']:5.2f} × encode_ordinary alone, "
-            f"{figures['peak_memory_bytes'] / 1e6:6.0f} MB"
-        )
+        rate, ratio, peak = (results[name][key] for key in ("tokens_per_second", "ratio", "peak_memory_bytes"))
+        print(f"{name:>8}: {rate / 1e6:6.2f}M tokens/s, {ratio:5.2f} × encode_ordinary alone, {peak / 1e6:6.0f} MB")
     versus = {n: speedup(seconds[f"ours-{n}"], seconds[f"pool-{n}"]) for n in args.workers}
     for n, ratio in versus.items():
         print(f"ours ÷ pool, {n} at work: {ratio:.2f}")
     best = results[f"ours-{max(args.workers)}"]
-    return {
-        "tokens_per_second": best["tokens_per_second"],
-        "ms_median": best["ms_median"],
-        "ms_p10": best["ms_p10"],
-        "ms_p90": best["ms_p90"],
-        "source": args.source or ["demo"],
+    return {key: best[key] for key in ("tokens_per_second", "ms_median", "ms_p10", "ms_p90")} | {
         "tokens": tokens,
+        "workers": args.workers,
         "candidates": results,
         "ours_over_pool": {str(n): ratio for n, ratio in versus.items()},
     }
@@ -152,13 +150,18 @@ def candidate(kind: str, n: int, job: Job) -> Took:
     from tokenizer import load_tokenizer
 
     load_tokenizer(job.tokenizer)
-    seconds, tokens = {"alone": alone, "ours": ours, "pool": pooled}[kind](n, job)
-    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    peak = used[0] + (n * used[1] if kind == "pool" else 0)
-    return Took(seconds, tokens, peak * (1 if sys.platform == "darwin" else 1024))
+    took = {"alone": alone, "ours": ours, "pool": pooled}[kind](n, job)
+    return took._replace(peak_bytes=took.peak_bytes + peak_bytes(os.getpid()))
 
 
-def alone(_n: int, job: Job) -> tuple[float, int]:
+def peak_bytes(pid: int) -> int:
+    """The most bytes a process has held resident; 0 where there is no /proc. (ru_maxrss begins with the parent's.)"""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+def alone(_n: int, job: Job) -> Took:
     """encode_ordinary and nothing else."""
     from tokenizer import load_tokenizer
 
@@ -166,10 +169,10 @@ def alone(_n: int, job: Job) -> tuple[float, int]:
     encode: Any = load_tokenizer(job.tokenizer)._tiktoken.encode_ordinary  # type: ignore[attr-defined]
     begin = time.perf_counter()
     tokens = sum(len(encode(text)) for text in in_memory)
-    return time.perf_counter() - begin, tokens
+    return Took(time.perf_counter() - begin, tokens, 0)
 
 
-def ours(n: int, job: Job) -> tuple[float, int]:
+def ours(n: int, job: Job) -> Took:
     """The command itself, with `n` workers."""
     from prepare_fineweb import parse_args, prepare
 
@@ -179,10 +182,10 @@ def ours(n: int, job: Job) -> tuple[float, int]:
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             begin = time.perf_counter()
             prepare(parse_args(words))
-            return time.perf_counter() - begin, 0
+            return Took(time.perf_counter() - begin, 0, 0)
 
 
-def pooled(n: int, job: Job) -> tuple[float, int]:
+def pooled(n: int, job: Job) -> Took:
     """A document at a time to `n` processes, their ids copied into an array that is saved when full."""
     import numpy as np
 
@@ -199,7 +202,8 @@ def pooled(n: int, job: Job) -> tuple[float, int]:
             shard[filled : filled + len(ids)] = ids
             filled += len(ids)
         np.save(f"{out}/{shards}.npy", shard[:filled])
-        return time.perf_counter() - begin, 0
+        seconds = time.perf_counter() - begin
+        return Took(seconds, 0, sum(peak_bytes(child.pid or 0) for child in multiprocessing.active_children()))
 
 
 def document_ids(text: str) -> Any:  # -> np.ndarray

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,42 @@ def test_ranks_and_micro_steps_only_slice_the_range_of_the_step(tmp_path_factory
     assert torch.cat([x for x, _ in pairs]).flatten().tolist() == expected[:-1].tolist()
     assert torch.cat([y for _, y in pairs]).flatten().tolist() == expected[1:].tolist()
     assert all(x.shape == y.shape == (micro_batch, length) for x, y in pairs)
+
+
+def loader(folder, ahead: bool, **changes) -> Batches:
+    """Batches of 2 × 4 tokens, two to a step, for the only rank there is."""
+    sizes = {"block_size": 4, "micro_batch": 2, "tokens_per_step": 16, "n_embd": 8, "n_head": 1} | changes
+    rank = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), at=lambda _: None)
+    return Batches(Config(data=str(folder), **sizes), "train", rank, ahead=ahead)
+
+
+@given(indices=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1)), max_size=30), ordered=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_reading_ahead_returns_what_is_asked_for_in_whatever_order(tmp_path_factory, indices, ordered):
+    make_shards(folder := tmp_path_factory.getbasetemp() / "ahead", [30, 47])
+    plain, ahead = loader(folder, False), loader(folder, True)
+    for index in sorted(set(indices)) if ordered else indices:
+        for one, other in zip(plain[index], ahead[index], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_next_batch_is_read_ahead_and_refused_only_when_asked_for(tmp_path):
+    make_shards(tmp_path / "d", [100])
+    batches, readers = loader(tmp_path / "d", True, vocab_size=35), {}
+    read = batches.stream.read
+
+    def noted(start, count):
+        readers[start] = threading.current_thread()
+        return read(start, count)
+
+    batches.stream.read = noted
+    for index in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        batches[index]
+    assert [readers[start] is threading.main_thread() for start in (0, 8, 16, 24)] == [True, False, False, False]
+    for _ in range(2):  # the batch read ahead is (2, 0); it reaches id 35 and so does a second look at it
+        with pytest.raises(UserError, match=r"train_000001.bin: token 40 is 40, beyond vocab_size = 35"):
+            batches[2, 0]
+    assert batches[0, 1][0][0, 0] == 8
 
 
 def test_an_id_beyond_the_vocabulary_is_named(tmp_path):

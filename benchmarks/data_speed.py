@@ -1,0 +1,158 @@
+"""The loader alone: batches out of token shards in the page cache, the share of each part, and memory over an epoch.
+
+    python bench.py data                                    # 200M random tokens, written to a temporary folder
+    python bench.py data --folder data/fineweb-edu-10B --micro_batches 64 32
+
+Tokens a second are those of one rank, from `batches[step, micro]` to int64 tensors on the device. The parts are timed on the
+same tokens: `copy` brings them out of the page cache, `check` looks for ids beyond the vocabulary, `convert` makes int64 of
+them. Memory is what /proc tells (Linux): anonymous, which must not grow, and pages of the mapped shards, which the system
+takes back when it needs them.
+"""
+
+import argparse
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 50304
+SHARD_TOKENS = 100_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench.py data`."""
+    from prepare_fineweb import positive
+
+    add = parser.add_argument
+    add("--folder", metavar="FOLDER", help="token shards [default: random ones, removed afterwards]")
+    add("--tokens", type=positive, default=200_000_000, help="how many random tokens to write [default: %(default)s]")
+    add("--micro_batches", "--micro-batches", type=positive, nargs="+", default=[64, 32], help="[default: 64 32]")
+    add("--block_size", "--block-size", type=positive, default=512, help="[default: %(default)s]")
+    add("--batches", type=positive, default=200, help="batches in a round [default: %(default)s]")
+    add("--rounds", type=positive, default=20, help="[default: %(default)s]")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where batches go [default: auto]")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    """Time the loader and its parts for each shape, then read an epoch; returns the JSON fields. Raises UserError."""
+    from benchmarks.measure import interleave, speedup, spread
+    from data import Batches
+    from distributed import Distributed
+    from errors import UserError
+
+    if rest:
+        raise UserError(f"{rest[0]}: no such option of bench.py data; see --help")
+    dist = Distributed.start(args.device, "float32")
+    shapes = {}
+    with shards(args.folder, args.tokens) as folder:
+        for micro_batch in args.micro_batches:
+            loader = Batches(shape(folder, micro_batch, args.block_size), "train", dist)
+            candidates = work(loader, args.batches)
+            seconds = interleave(candidates, args.rounds, device=dist.device)
+            n_tokens = args.batches * micro_batch * args.block_size
+            name = f"{micro_batch}x{args.block_size}"
+            shapes[name] = spread(seconds["loader"], n_tokens) | {
+                "us_per_batch": {part: round(1e6 * min(each) / args.batches, 1) for part, each in seconds.items()},
+                "share": {part: speedup(seconds["loader"], each) for part, each in seconds.items() if part != "loader"},
+            }
+            print(describe(name, shapes[name]))
+        memory = epoch(loader)
+    grown = memory["anonymous_growth_bytes"]
+    print(f"epoch of {memory['epoch_tokens']:,} tokens: anonymous memory grew by {grown / 1e6:.2f} MB")
+    first = next(iter(shapes.values()))
+    wanted = ("tokens_per_second", "ms_median", "ms_p10", "ms_p90")
+    return {key: first[key] for key in wanted} | {"device_type": dist.device.type, "shapes": shapes} | memory
+
+
+def shape(folder: Path, micro_batch: int, block_size: int) -> Any:
+    """What Batches wants to know of a configuration; one batch is a step."""
+    from config import load_config
+
+    sizes = {"data": folder, "vocab_size": VOCAB_SIZE, "block_size": block_size, "micro_batch": micro_batch}
+    return load_config([*(f"--{key}={value}" for key, value in sizes.items()), f"--tokens_per_step={micro_batch * block_size}"])
+
+
+@contextmanager
+def shards(folder: str | None, n_tokens: int) -> Iterator[Path]:
+    """`folder`, or a temporary one with random training shards; they are in the page cache, for they were just written."""
+    import numpy as np
+
+    from data import TokenStream
+    from shards import write_shard
+
+    if folder:
+        for shard in TokenStream(folder, "train", 2**16).shards:
+            shard.max()  # brings it into the page cache
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as made:
+        draw = np.random.default_rng(0)
+        for i, start in enumerate(range(0, n_tokens, SHARD_TOKENS)):
+            size = min(SHARD_TOKENS, n_tokens - start)
+            write_shard(Path(made, f"train_{i + 1:06d}.bin"), draw.integers(0, 50257, size, dtype=np.uint16))
+        yield Path(made)
+
+
+def work(loader: Any, n: int) -> dict[str, Any]:
+    """The loader reading `n` batches, and each of its parts alone on the same tokens."""
+    import numpy as np
+
+    from data import to_ids
+
+    stream, size = loader.stream, loader.cfg.micro_batch * loader.cfg.block_size + 1
+    starts = [loader.start(step, 0) % max(1, len(stream.shards[0]) - size) for step in range(n)]
+    held = [np.array(stream.shards[0][start : start + size]) for start in starts[:8]]
+
+    def load() -> None:
+        for step in range(n):
+            loader[step, 0]
+
+    def copy() -> None:
+        for start in starts:
+            np.array(stream.shards[0][start : start + size])
+
+    def check() -> None:
+        for i in range(n):
+            held[i % len(held)].max()
+
+    def convert() -> None:
+        for i in range(n):
+            to_ids(held[i % len(held)], loader.dist.device)
+
+    return {"loader": load, "copy": copy, "check": check, "convert": convert}
+
+
+def epoch(loader: Any) -> dict[str, Any]:
+    """Read every batch of an epoch, and say how memory changed from its first tenth to its end."""
+    steps = math.ceil(len(loader.stream) / (loader.cfg.micro_batch * loader.cfg.block_size))
+    for step in range(steps // 10 + 1):
+        loader[step, 0]
+    before = memory()
+    for step in range(steps // 10 + 1, steps):
+        loader[step, 0]
+    after = memory()
+    return {
+        "epoch_tokens": len(loader.stream),
+        "anonymous_bytes": after["RssAnon"],
+        "anonymous_growth_bytes": after["RssAnon"] - before["RssAnon"],
+        "mapped_growth_bytes": after["RssFile"] - before["RssFile"],
+    }
+
+
+def memory() -> dict[str, int]:
+    """Resident bytes of this process: anonymous (RssAnon) and of mapped files (RssFile); zeros where there is no /proc."""
+    found = {"RssAnon": 0, "RssFile": 0}
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = 1024 * int(value.split()[0])
+    return found
+
+
+def describe(name: str, figures: dict[str, Any]) -> str:
+    """One line for people."""
+    parts = ", ".join(f"{part} {us:.0f}" for part, us in figures["us_per_batch"].items())
+    return f"{name}: {figures['tokens_per_second'] / 1e6:.1f}M tokens/s; best µs a batch: {parts}"
