@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,18 @@ def conditions() -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device_name(pick_device("auto")),
         "threads": torch.get_num_threads(),
+        "gpus": gpu_state(),
     }
+
+
+def gpu_state() -> list[str] | None:
+    """Clocks, power and temperature of each GPU as nvidia-smi gives them; None where there is none."""
+    fields = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    try:
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 @command

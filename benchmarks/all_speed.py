@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TABLE1 = ["rope", "carope", "carope_hidden", "learned", "sinusoidal"]
-TOY = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--vocab_size=512", "--block_size=192", "--micro_batch=2"]
+TOY = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--vocab_size=512", "--block_size=256", "--micro_batch=2"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,17 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
             from files import write_json
 
             write_json(Path(args.json), {"unfinished": True, "stages": found, "failed": failed})
-    return {"stages": {name: result for name, result in found.items() if result}, "failed": failed}
+    return {"results": rates(found), "stages": {name: result for name, result in found.items() if result}, "failed": failed}
+
+
+def rates(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per size and encoding that was trained, as benchmarks/scaling.py reads them."""
+    keys = ("tokens_per_second", "flops_per_token")
+    return [
+        {"config": f"{size}-{one['encoding']}", "world_size": 1} | {key: one[key] for key in keys}
+        for size in ("tiny", "small")
+        for one in (found.get(f"train {size}") or {}).get("results", [])
+    ]
 
 
 def one_stage(command: list[str], env: dict[str, str], seconds: float | None) -> tuple[dict[str, Any] | None, str | None]:
@@ -106,11 +116,11 @@ def stages(args: argparse.Namespace, rest: list[str]) -> dict[str, list[str]]:
             "rope",
             "carope",
         ]
-    tiny = ["config/tiny.toml", *shared]
-    found["decode"] = ["bench.py", "decode", *tiny]
-    found["data"] = ["bench.py", "data", *tiny]
-    found["rotary"] = ["bench.py", "rotary", f"--device={args.device}", *rounds]
+    tiny, toy = ["config/tiny.toml", *shared], args.tiny
+    found["decode"] = ["bench.py", "decode", *tiny, *(["--early=8", "--late=32", "--tokens=16", "--rounds=2"] if toy else [])]
+    found["data"] = ["bench.py", "data", f"--device={args.device}", *(["--tokens=2000000", "--batches=9"] if toy else [])]
+    found["rotary"] = ["bench.py", "rotary", f"--device={args.device}", *(["--batch=1", "--rounds=2"] if toy else [])]
     if not args.gpu:
-        found["prepare"] = ["bench.py", "prepare"]
-        found["startup"] = ["bench.py", "startup", *tiny, "--micro_batch=4", "--rounds", "2"]
+        found["prepare"] = ["bench.py", "prepare", *(["--limit_tokens=200000", "--rounds=2"] if toy else [])]
+        found["startup"] = ["bench.py", "startup", *tiny, *(["--rounds=1"] if toy else ["--micro_batch=4"])]
     return found

@@ -137,4 +137,5 @@ def test_the_list_for_a_gpu_runs_through_on_a_cpu(tmp_path):
     found = last_line(run_command("bench.py", "all", "--gpu", "--tiny", "--device=cpu", "--json", out, timeout=1200))
     assert found["failed"] == {} and json.loads(Path(out).read_text()) == found
     assert {"correctness", "train tiny", "train small", "eval tiny", "decode", "data", "rotary"} <= set(found["stages"])
+    assert {row["config"] for row in found["results"]} >= {"tiny-rope", "small-carope"}
     assert found["stages"]["correctness"]["failures"] == found["stages"]["correctness"]["errors"] == 0
