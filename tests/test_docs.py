@@ -34,6 +34,16 @@ def test_the_tables_of_scaling_are_the_models_and_the_measured_ones():
     assert {"command", "git", "device", "torch", "world_size", "backend"} <= set(report) and "dirty" not in report["git"]
 
 
+def test_the_tables_of_performance_are_those_of_the_benchmarks():
+    from benchmarks.performance_report import TARGETS, blocks, result
+
+    page = (ROOT / "docs/performance.md").read_text()
+    for name, text in blocks().items():
+        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m benchmarks.performance_report writes them"
+    for name in {name for _, _, name, _ in TARGETS if name}:
+        assert {"command", "git", "device", "torch"} <= set(result(name)) and "dirty" not in result(name)["git"]
+
+
 def test_every_option_the_page_names_exists():
     from config import Config
 
