@@ -142,7 +142,7 @@ def tokens(n: int) -> Tensor:
 
 @pytest.mark.parametrize("encoding", [*TURNING[:3], pytest.param(TURNING[3], marks=slow)])
 def test_the_model_computes_the_same_with_the_kernel(encoding):
-    idx, found = tokens(70), {}
+    idx, found = tokens(140), {}  # two blocks
     for kernel in ("eager", "triton"):
         model = build(encoding, kernel)
         assert [one.kernel for one in model.encodings] == [Rotation if kernel == "triton" else None] * len(model.encodings)
