@@ -44,7 +44,6 @@ TARGETS: list[tuple[str, str, str | None, Value]] = [
     ),
     ("the same ÷ nanoGPT as it ships (fp32, not compiled)", "≥ 2.2", "train-cpu", lambda r: f"{peer(r, 'nanoGPT'):.2f}"),
     ("the same ÷ build-nanogpt as it ships", "–", "train-cpu", lambda r: f"{peer(r, 'build-nanogpt'):.2f}"),
-    ("the same ÷ nanoGPT in bf16 and compiled", "–", "train-tuned-cpu", lambda r: f"{peer(r, 'nanoGPT'):.2f}"),
     (
         "CARoPE ÷ RoPE on two cores, `carope` and `carope_hidden`", "–", "train-cpu",
         lambda r: f"{encoding(r, 'carope')['vs_baseline']:.3f} and {encoding(r, 'carope_hidden')['vs_baseline']:.3f}",
@@ -52,6 +51,22 @@ TARGETS: list[tuple[str, str, str | None, Value]] = [
     (
         "whole step ÷ forward, backward, optimizer alone", "≤ 1.03", "train-cpu",
         lambda r: f"{r['whole_over_bare']:.3f}",
+    ),
+    ("loader alone, a rank, 64 × 512", "≥ 50M tokens/s", "data-cpu", lambda r: f"{r['tokens_per_second'] / 1e6:.0f}M"),
+    (
+        "memory of the loader over an epoch", "no growth", "data-cpu",
+        lambda r: f"{r['anonymous_growth_bytes'] / 1e6:.1f} MB",
+    ),
+    (
+        "`prepare_fineweb.py` ÷ `encode_ordinary` alone, one worker", "≥ 1.0", "prepare-cpu",
+        lambda r: f"{r['candidates']['ours-1']['ratio']:.2f}",
+    ),
+    (
+        "the same, two workers on two cores", "≥ 1.8", "prepare-cpu", lambda r: f"{r['candidates']['ours-2']['ratio']:.2f}",
+    ),
+    (
+        "`prepare_fineweb.py` ÷ build-nanogpt's recipe, a pool of processes: one, two", "≥ 1.0", "prepare-cpu",
+        lambda r: " and ".join(f"{r['ours_over_pool'][n]:.2f}" for n in ("1", "2")),
     ),
     ("evaluation ÷ training, tokens/s", "≥ 2.8", "eval-cpu", lambda r: f"{r['eval_over_train']:.2f}"),
     (
