@@ -118,7 +118,7 @@ def stages(args: argparse.Namespace, rest: list[str]) -> dict[str, list[str]]:
         ]
     tiny, toy = ["config/tiny.toml", *shared], args.tiny
     found["decode"] = ["bench.py", "decode", *tiny, *(["--early=8", "--late=32", "--tokens=16", "--rounds=2"] if toy else [])]
-    found["data"] = ["bench.py", "data", f"--device={args.device}", *(["--tokens=2000000", "--batches=9"] if toy else [])]
+    found["data"] = ["bench.py", "data", *tiny, *(["--tokens=2000000", "--batches=9"] if toy else [])]
     found["rotary"] = ["bench.py", "rotary", f"--device={args.device}", *(["--batch=1", "--rounds=2"] if toy else [])]
     if not args.gpu:
         found["prepare"] = ["bench.py", "prepare", *(["--limit_tokens=200000", "--rounds=2"] if toy else [])]

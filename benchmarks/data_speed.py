@@ -1,23 +1,23 @@
 """The loader alone: batches out of token shards in the page cache, the share of each part, and memory over an epoch.
 
     python bench.py data                                    # 200M random tokens, written to a temporary folder
-    python bench.py data --folder data/fineweb-edu-10B --micro_batches 64 32
+    python bench.py data config/tiny.toml --data=data/fineweb-edu-10B --micro_batches 64 32
 
 Tokens a second are those of one rank, from `batches[step, micro]` to int64 tensors on the device. The parts are timed on the
 same tokens: `copy` brings them out of the page cache, `check` looks for ids beyond the vocabulary, `convert` makes int64 of
-them. Memory is what /proc tells (Linux): anonymous, which must not grow, and pages of the mapped shards, which the system
-takes back when it needs them.
+them. The epoch after that touches each page for the first time since it was mapped. Memory is what /proc tells (Linux):
+anonymous, which must not grow, and pages of the mapped shards, which the system takes back when it needs them.
 """
 
 import argparse
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-VOCAB_SIZE = 50304
 SHARD_TOKENS = 100_000_000
 
 
@@ -26,73 +26,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from prepare_fineweb import positive
 
     add = parser.add_argument
-    add("--folder", metavar="FOLDER", help="token shards [default: random ones, removed afterwards]")
     add("--tokens", type=positive, default=200_000_000, help="how many random tokens to write [default: %(default)s]")
     add("--micro_batches", "--micro-batches", type=positive, nargs="+", default=[64, 32], help="[default: 64 32]")
-    add("--block_size", "--block-size", type=positive, default=512, help="[default: %(default)s]")
     add("--batches", type=positive, default=200, help="batches in a round [default: %(default)s]")
     add("--rounds", type=positive, default=20, help="[default: %(default)s]")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="where batches go [default: auto]")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Time the loader and its parts for each shape, then read an epoch; returns the JSON fields. Raises UserError."""
     from benchmarks.measure import interleave, speedup, spread
+    from config import load_config
     from data import Batches
     from distributed import Distributed
-    from errors import UserError
 
-    if rest:
-        raise UserError(f"{rest[0]}: no such option of bench.py data; see --help")
-    dist = Distributed.start(args.device, "float32")
+    cfg = load_config(rest)
+    dist = Distributed.start(cfg.device, cfg.dtype)
     shapes = {}
-    with shards(args.folder, args.tokens) as folder:
+    own = any(word.startswith("--data") for word in rest)
+    with shards(cfg.data if own else None, cfg.vocab_size, args.tokens) as folder:
         for micro_batch in args.micro_batches:
-            loader = Batches(shape(folder, micro_batch, args.block_size), "train", dist)
+            a_step = {"data": str(folder), "micro_batch": micro_batch, "tokens_per_step": micro_batch * cfg.block_size}
+            loader = Batches(cfg.model_copy(update=a_step), "train", dist)
             candidates = work(loader, args.batches)
             seconds = interleave(candidates, args.rounds, device=dist.device)
-            n_tokens = args.batches * micro_batch * args.block_size
-            name = f"{micro_batch}x{args.block_size}"
+            n_tokens = args.batches * micro_batch * cfg.block_size
+            name = f"{micro_batch}x{cfg.block_size}"
             shapes[name] = spread(seconds["loader"], n_tokens) | {
                 "us_per_batch": {part: round(1e6 * min(each) / args.batches, 1) for part, each in seconds.items()},
                 "share": {part: speedup(seconds["loader"], each) for part, each in seconds.items() if part != "loader"},
             }
             print(describe(name, shapes[name]))
-        memory = epoch(loader)
-    grown = memory["anonymous_growth_bytes"]
-    print(f"epoch of {memory['epoch_tokens']:,} tokens: anonymous memory grew by {grown / 1e6:.2f} MB")
+        whole = epoch(loader)
+    grown, rate = whole["anonymous_growth_bytes"], whole["epoch_tokens_per_second"]
+    print(
+        f"epoch of {whole['epoch_tokens']:,} tokens: {rate / 1e6:.1f}M tokens/s, anonymous memory grew by {grown / 1e6:.2f} MB"
+    )
     first = next(iter(shapes.values()))
     wanted = ("tokens_per_second", "ms_median", "ms_p10", "ms_p90")
-    return {key: first[key] for key in wanted} | {"device_type": dist.device.type, "shapes": shapes} | memory
-
-
-def shape(folder: Path, micro_batch: int, block_size: int) -> Any:
-    """What Batches wants to know of a configuration; one batch is a step."""
-    from config import load_config
-
-    sizes = {"data": folder, "vocab_size": VOCAB_SIZE, "block_size": block_size, "micro_batch": micro_batch}
-    return load_config([*(f"--{key}={value}" for key, value in sizes.items()), f"--tokens_per_step={micro_batch * block_size}"])
+    return {key: first[key] for key in wanted} | {"config": cfg.model_dump(), "shapes": shapes} | whole
 
 
 @contextmanager
-def shards(folder: str | None, n_tokens: int) -> Iterator[Path]:
-    """`folder`, or a temporary one with random training shards; they are in the page cache, for they were just written."""
+def shards(folder: str | None, vocab_size: int, n_tokens: int) -> Iterator[Path]:
+    """`folder`, or a temporary one with random training shards; either is brought into the page cache."""
     import numpy as np
 
     from data import TokenStream
     from shards import write_shard
 
-    if folder:
-        for shard in TokenStream(folder, "train", 2**16).shards:
-            shard.max()  # brings it into the page cache
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(prefix="bench-") as made:
         draw = np.random.default_rng(0)
-        for i, start in enumerate(range(0, n_tokens, SHARD_TOKENS)):
+        for i, start in enumerate(range(0, 0 if folder else n_tokens, SHARD_TOKENS)):
             size = min(SHARD_TOKENS, n_tokens - start)
-            write_shard(Path(made, f"train_{i + 1:06d}.bin"), draw.integers(0, 50257, size, dtype=np.uint16))
-        yield Path(made)
+            write_shard(Path(made, f"train_{i + 1:06d}.bin"), draw.integers(0, vocab_size, size, dtype=np.uint16))
+        for shard in TokenStream(folder or made, "train", 2**16).shards:
+            shard.max()
+        yield Path(folder or made)
 
 
 def work(loader: Any, n: int) -> dict[str, Any]:
@@ -125,16 +114,18 @@ def work(loader: Any, n: int) -> dict[str, Any]:
 
 
 def epoch(loader: Any) -> dict[str, Any]:
-    """Read every batch of an epoch, and say how memory changed from its first tenth to its end."""
-    steps = math.ceil(len(loader.stream) / (loader.cfg.micro_batch * loader.cfg.block_size))
-    for step in range(steps // 10 + 1):
+    """Read every batch of an epoch; how fast that is, and how memory changes from its first tenth to its end."""
+    n_tokens = loader.cfg.micro_batch * loader.cfg.block_size
+    steps = math.ceil(len(loader.stream) / n_tokens)
+    for step in range(first := steps // 10 + 1):
         loader[step, 0]
-    before = memory()
-    for step in range(steps // 10 + 1, steps):
+    before, begin = memory(), time.perf_counter()
+    for step in range(first, steps):
         loader[step, 0]
-    after = memory()
+    seconds, after = time.perf_counter() - begin, memory()
     return {
         "epoch_tokens": len(loader.stream),
+        "epoch_tokens_per_second": round((steps - first) * n_tokens / seconds, 1),
         "anonymous_bytes": after["RssAnon"],
         "anonymous_growth_bytes": after["RssAnon"] - before["RssAnon"],
         "mapped_growth_bytes": after["RssFile"] - before["RssFile"],

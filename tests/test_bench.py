@@ -69,11 +69,13 @@ def test_training_beside_another_encoding_and_another_checkout(tmp_path):
     assert "aten::" in (tmp_path / "profile.txt").read_text()
 
 
+@pytest.mark.slow
 def test_evaluation_beside_training():
     found = last_line(run_command("bench.py", "eval", *TOY))
     assert {"tokens_per_second", "train_tokens_per_second", "eval_over_train", "mfu_measured"} <= set(found)
 
 
+@pytest.mark.slow
 def test_startup_counts_to_the_first_step_and_to_help():
     words = [word for word in TOY if word not in ("--synthetic", "--rounds=2", "--warmup=1")]
     found = last_line(run_command("bench.py", "startup", *words, "--rounds=1"))["seconds"]
@@ -96,6 +98,7 @@ def test_mistakes_are_one_line(words, message):
     assert len(done.stderr.strip().splitlines()[-1:]) == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_is_named(tmp_path):
     (tmp_path / "model.py").write_text(PEER.replace("return logits, ", "raise ValueError('no luck')\n        return logits, "))
     done = run_command("bench.py", "train", *TOY, "--vs", tmp_path)

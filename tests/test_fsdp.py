@@ -84,6 +84,7 @@ def test_a_process_alone_has_nobody_to_share_with(small, tmp_path):
     assert_same_run(tmp_path / "ddp", tmp_path / "fsdp")
 
 
+@pytest.mark.slow
 def test_asked_to_leave_all_ranks_put_their_shards_together(small, tmp_path):
     words = [*small, *ODD, "--encoding=carope", "--name=r", "--steps=100000", "--save_every=100000", "--eval_every=100000"]
     launcher = ["launch.py", "--nproc_per_node=2", "train.py"]

@@ -236,6 +236,7 @@ def test_intervals_unite():
     assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
 
 
+@pytest.mark.slow
 def test_the_exchange_of_two_ranks_is_seen_and_its_buckets_are_the_models():
     """One bucket leaves nothing to hide it behind; small ones begin while backward goes on."""
     model = ["--n_layer=4", "--n_embd=128", "--micro_batch=4", "--tokens_per_step=1024", "--device=cpu"]
