@@ -75,11 +75,11 @@ def test_preparing(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["decode", *TOY, "--encodings", "rpoe"], "encoding = 'rpoe' (command line): did you mean rope?"),
+        (["decode", *TOY, "--encodings", "rpoe"], "encoding = 'rpoe': did you mean rope?"),
         (["decode", *TOY, "--rounds", "0"], "--rounds: 0 is not a whole number above 0"),
         (["decode", "{runs}/carope", "--encodings", "rope"], "a run has its encoding and its options; leave out rope"),
         (["decode", "{runs}/learned"], "encoding 'learned' has positions for 32 only, 1008 are wanted"),
-        (["decode", "{runs}"], "no checkpoint"),
+        (["decode", "{runs}"], "no valid checkpoint"),
         (["data", "--data=nowhere"], "nowhere: no such data folder"),
         (["data", "--tokens", "1.5"], "--tokens: 1.5 is not a whole number above 0"),
         (["prepare", "--source", "nowhere.parquet"], "--source nowhere.parquet: no such file"),
