@@ -68,6 +68,18 @@ TARGETS: list[tuple[str, str, str | None, Value]] = [
         "`prepare_fineweb.py` ÷ build-nanogpt's recipe, a pool of processes: one, two", "≥ 1.0", "prepare-cpu",
         lambda r: " and ".join(f"{r['ours_over_pool'][n]:.2f}" for n in ("1", "2")),
     ),
+    (
+        "decoding, a token at position 1000 ÷ at position 50", "≤ 1.5", "decode-cpu",
+        lambda r: f"{r['encodings'][0]['late_over_early']:.2f}",
+    ),
+    (
+        "decoding 512 tokens with the cache ÷ without, head at the last position and at all", "≥ 8", "decode-cpu",
+        lambda r: f"{r['encodings'][0]['cache_speedup']:.1f} and {r['encodings'][0]['cache_speedup_all_logits']:.1f}",
+    ),
+    (
+        "decoding, tokens/s of eight prompts ÷ of one", "≥ 4", "decode-cpu",
+        lambda r: f"{r['encodings'][0]['batch_speedup']:.2f}",
+    ),
     ("evaluation ÷ training, tokens/s", "≥ 2.8", "eval-cpu", lambda r: f"{r['eval_over_train']:.2f}"),
     (
         "`train.py` to its first step, GPT-Tiny 4 × 512", "≤ 10 s", "startup-cpu",
