@@ -87,6 +87,7 @@ def test_a_folder_that_holds_another_run_is_planned_around_and_refused(words):
     assert done.returncode == 2 and "seed = 7 (now 1)" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_run_in_order_and_the_same_command_goes_on(words, tmp_path):
     words = [word for word in words if not word.startswith(("--steps", "--save_every", "--warmup"))]
     words += ["--steps=300", "--save_every=1000", "--warmup_steps=0", "--eval_every=1000"]
