@@ -54,7 +54,7 @@ class Config(BaseModel):
     )
 
     # model
-    encoding: str = Field("rope", description="positional encoding, a name in positional.py's ENCODINGS")
+    encoding: str = Field("rope", description="positional encoding, a name in positional.ENCODINGS")
     n_layer: PositiveInt = Field(12, le=1000, description="transformer blocks")
     n_head: PositiveInt = Field(12, le=65536, description="attention heads")
     n_embd: PositiveInt = Field(768, le=65536, description="model width, channels")

@@ -1,29 +1,15 @@
-"""Causal attention, and the cache that makes the next token of a text cost one position instead of all.
+"""The cache that makes the next token of a text cost one position instead of all.
 
 Shapes: B batch, T new positions, S cached and new positions, C width, H heads, D head width.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.attention import attention
+from kernels.bias import Attend, reads_keys_coords
 from positional import PositionalEncoding
-
-
-def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None) -> Tensor:
-    """Causal attention of T queries at the end of S keys, (B, H, T, D)."""
-    return attention(q_BHTD, k_BHSD, v_BHSD, causal_mask(q_BHTD.size(2), k_BHSD.size(2), bias, q_BHTD))
-
-
-def causal_mask(T: int, S: int, bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The additive or boolean mask of T queries at the end of S keys; None where `is_causal` or nothing says it all."""
-    if bias is None and (T in (1, S)):
-        return None
-    visible_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return visible_TS if bias is None else bias.to(q.dtype).masked_fill(~visible_TS, -math.inf)
 
 
 class KVCache:
@@ -41,11 +27,11 @@ class KVCache:
     def __len__(self) -> int:
         return self.length
 
-    def attend(self, layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(self, layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, attend: Attend) -> Tensor:
         """Append this layer's new keys and values; returns what the new queries find in all of them, (B, H, T, D)."""
         k_BHSD, v_BHSD = self.extend(layer, k_BHTD, v_BHTD)
         with torch.autocast(q_BHTD.device.type, enabled=False):  # it would make a bf16 copy of all that is held
-            return attend(q_BHTD.to(k_BHSD.dtype), k_BHSD, v_BHSD, bias).to(q_BHTD.dtype)
+            return attend(q_BHTD.to(k_BHSD.dtype), k_BHSD, v_BHSD).to(q_BHTD.dtype)
 
     def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Append this layer's new keys and values; returns all of them, (B, H, S, D)."""
@@ -67,13 +53,13 @@ class KVCache:
         return buffer
 
     def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
-        """Coordinates of the new tokens, and of all tokens where `bias` wants them (else only the last one is kept)."""
+        """Coordinates of the new tokens, and of all tokens where attention wants them (else only the last one is kept)."""
         held = self.coords.get(layer)
         last = x_BTC.new_zeros((1, 1, 1, 1), dtype=torch.float64) if held is None else held[..., -1:, :]
         new = encoding.coords(x_BTC, pos_T, last)
         if new is None:
             return None, None
-        keeps_all = type(encoding).bias is not PositionalEncoding.bias
+        keeps_all = reads_keys_coords(encoding)
         every = torch.cat((held, new), dim=-2) if keeps_all and held is not None else new
         self.coords[layer] = every if keeps_all else new[..., -1:, :]
         return new, every

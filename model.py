@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from kernels.bias import Attend, attend, attention_of
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.support import rotation_kernel
-from kv_cache import KVCache, attend
+from kv_cache import KVCache
 from positional import ENCODINGS, PositionalEncoding
 
 
@@ -39,7 +40,8 @@ class Located:
     """
 
     def __init__(self, encoding: PositionalEncoding, layer: int, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
-        self.rotation = self.bias = None
+        self.rotation = None
+        self.attend: Attend = attend
         kernel = encoding.kernel if cache is None else None
         if kernel and (x_BTC.is_cuda or kernel.interpreted):
             self.rotation = kernel(encoding.frequency(x_BTC), encoding.n_pairs, encoding.inclusive)
@@ -50,14 +52,30 @@ class Located:
             coords_q, coords_k = cache.locate(layer, encoding, x_BTC, pos_T)
         self.encoding = encoding
         self.frame = encoding.frame(coords_q)
-        self.bias = encoding.bias(coords_q, coords_k)
+        self.attend = attention_of(encoding, coords_q, coords_k, len(pos_T) if cache is None else len(cache) + len(pos_T))
 
     def rotate(self, qkv_3BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k turned to their positions, and v."""
         if self.rotation is not None:
             return self.rotation(qkv_3BHTD)
         q, k, v = qkv_3BHTD
-        return self.encoding.rotate(q, self.frame), self.encoding.rotate(k, self.frame), v
+        return *self.encoding.turn(q, k, self.frame), v
+
+
+class Positions:
+    """Where the tokens of one forward pass stand, for every layer; what the layers share is computed once."""
+
+    def __init__(self, shared: PositionalEncoding | None, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
+        self.encoding, self.x_BTC, self.pos_T, self.cache = shared, x_BTC, pos_T, cache
+        self.located = None if shared is None or shared.hidden else Located(shared, -1, x_BTC, pos_T, cache)
+
+    def at(self, layer: int, own: PositionalEncoding | None, h_BTC: Tensor) -> Located:
+        """For block `layer`, which has the encoding `own` or none of its own, and `h_BTC` for its ln_1 output."""
+        if self.located is not None:
+            return self.located
+        encoding = own or self.encoding
+        assert encoding is not None
+        return Located(encoding, layer, h_BTC if encoding.hidden else self.x_BTC, self.pos_T, self.cache)
 
 
 class Attention(nn.Module):
@@ -73,7 +91,7 @@ class Attention(nn.Module):
         B, T, C = x_BTC.shape
         qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = located.rotate(qkv_3BHTD)
-        y_BHTD = attend(q, k, v, located.bias) if cache is None else cache.attend(self.layer, q, k, v, located.bias)
+        y_BHTD = located.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, located.attend)
         return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -101,11 +119,9 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.wpe = ENCODINGS[cfg.encoding](cfg) if ENCODINGS[cfg.encoding].per_layer else None
 
-    def forward(self, x_BTC: Tensor, pos_T: Tensor, located: Located | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         h_BTC = self.ln_1(x_BTC)
-        if self.wpe is not None:
-            located = Located(self.wpe, self.layer, h_BTC, pos_T, cache)
-        x_BTC = x_BTC + self.attn(h_BTC, located, cache)
+        x_BTC = x_BTC + self.attn(h_BTC, positions.at(self.layer, self.wpe, h_BTC), cache)
         return x_BTC + self.mlp(self.ln_2(x_BTC))
 
 
@@ -181,15 +197,15 @@ class GPT(nn.Module):
             )
         pos_T = torch.arange(start, start + T, device=idx_BT.device)
         x_BTC = self.wte(idx_BT)
-        located = None if self.wpe is None else Located(self.wpe, -1, x_BTC, pos_T, cache)
+        positions = Positions(self.wpe, x_BTC, pos_T, cache)
         if self.wpe is not None:
             x_BTC = self.wpe.embed(x_BTC, pos_T)
         recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
             if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either
-                x_BTC = checkpoint(block, x_BTC, pos_T, located, None, use_reentrant=False, preserve_rng_state=False)
+                x_BTC = checkpoint(block, x_BTC, positions, None, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTC = block(x_BTC, pos_T, located, cache)
+                x_BTC = block(x_BTC, positions, cache)
         if cache is not None:
             cache.length += T
         if last_only:  # of a long prompt, the other logits would take more memory than all the rest

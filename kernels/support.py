@@ -9,6 +9,7 @@ import torch
 from errors import UserError
 from positional import PositionalEncoding
 
+REPLACED = ("coords", "frame", "rotate", "turn", "key_bias", "distance_bias", "bias", "weights")  # by a kernel
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -40,7 +41,7 @@ def rotation_kernel(kernel: str, encoding: type[PositionalEncoding]) -> Any:
     def age(method: str) -> int:
         return next(i for i, one in enumerate(encoding.__mro__) if method in vars(one))
 
-    fits = age("frequency") <= min(age(method) for method in ("coords", "frame", "rotate", "bias"))
+    fits = age("frequency") <= min(age(method) for method in REPLACED)
     if kernel != "triton" or not INSTALLED or not fits or encoding.frequency is PositionalEncoding.frequency:
         return None
     from kernels.rotary import Rotation

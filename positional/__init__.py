@@ -1,0 +1,26 @@
+"""Positional encodings for GPT-2, one small class each in a file per family, and the registry ENCODINGS.
+
+An encoding may act on the embeddings (`embed`), on queries and keys (`rotate`), on the attention logits (`key_bias`,
+`distance_bias`, `bias`), or make the attention weights itself (`weights`). All but the first read coordinates (`coords`): where
+each token stands, as this encoding measures it, always in fp32 or better and outside autocast, since bf16 positions alias
+beyond 256.
+
+To add one: write a class, add it to ENCODINGS; every test that runs on all encodings then runs on it.
+"""
+
+from positional.additive import Learned, Sinusoidal
+from positional.base import PositionalEncoding
+from positional.carope import CARoPE, CARoPEHidden, CARoPENoBias
+from positional.rotary import RoPE
+
+__all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
+
+ENCODINGS: dict[str, type[PositionalEncoding]] = {
+    "nope": PositionalEncoding,
+    "learned": Learned,
+    "sinusoidal": Sinusoidal,
+    "rope": RoPE,
+    "carope": CARoPE,
+    "carope_hidden": CARoPEHidden,
+    "carope_nobias": CARoPENoBias,
+}
