@@ -31,6 +31,11 @@ PEAK_TFLOPS = {
 Module = TypeVar("Module", bound=nn.Module)
 
 
+# Process groups that were left. DDP's reducer, often the last to hold one, would wait with Python's lock for gloo's threads to
+# end, and one of these for the lock to let go of a tensor (torch 2.13): a training would hang at its end, now and then.
+_LEFT: list[Any] = []
+
+
 class Distributed:
     """This process among all: `rank`, `local_rank`, `world_size`, `device`, and `dtype`, the autocast type."""
 
@@ -84,6 +89,7 @@ class Distributed:
             if self._watchdog:
                 self._watchdog.close()
         if dist.is_initialized() and error is None:  # else the others may not come along; the process ends anyway
+            _LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
     def _explain(self, error: RuntimeError) -> None:
