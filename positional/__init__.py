@@ -10,7 +10,15 @@ To add one: write a class, add it to ENCODINGS; every test that runs on all enco
 
 from positional.additive import Learned, Sinusoidal
 from positional.base import PositionalEncoding
-from positional.carope import CARoPE, CARoPEHidden, CARoPENoBias
+from positional.carope import (
+    CARoPE,
+    CARoPEFrozen,
+    CARoPEHidden,
+    CARoPEHiddenShared,
+    CARoPENoBias,
+    CARoPEPerLayer,
+    CARoPEScalar,
+)
 from positional.rotary import RoPE
 
 __all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
@@ -22,5 +30,9 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "rope": RoPE,
     "carope": CARoPE,
     "carope_hidden": CARoPEHidden,
+    "carope_hidden_shared": CARoPEHiddenShared,
+    "carope_per_layer": CARoPEPerLayer,
     "carope_nobias": CARoPENoBias,
+    "carope_scalar": CARoPEScalar,
+    "carope_frozen": CARoPEFrozen,
 }

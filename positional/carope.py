@@ -23,23 +23,32 @@ class CARoPE(RoPE):
     what makes f = θ_1, the "starts as RoPE" that it asks for.
     """
 
+    beyond = "as RoPE: phases that grow on; by how much is the tokens' to say, so training may hold them in known ranges"
     has_bias = True
     inclusive = True
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
+        y = 1 / self.theta - 1
+        self.start = y if y > 30 else math.log(math.expm1(y))  # softplus⁻¹(y): the logit at which f = θ_1
+        self.make_parameters(cfg)
+
+    def make_parameters(self, cfg: Any) -> None:
+        """What `logit` reads."""
         self.W = nn.Linear(cfg.n_embd, cfg.n_head, bias=self.has_bias)
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.W.weight)
-        y = 1 / self.theta - 1
-        nn.init.constant_(self.W.bias, y if y > 30 else math.log(math.expm1(y)))  # softplus⁻¹(y)
+        nn.init.constant_(self.W.bias, self.start)
+
+    def logit(self, x_BTC: Tensor) -> Tensor:
+        """x_t W + b, (B or 1, T, H or 1) fp32; called outside autocast."""
+        return functional.linear(x_BTC.float(), self.W.weight, self.W.bias)
 
     def frequency(self, x_BTC: Tensor) -> Tensor:
-        """f(x_t)_h in (0, 1), (B, H, T) fp32."""
+        """f(x_t)_h in (0, 1), (B or 1, H or 1, T) fp32."""
         with torch.autocast(x_BTC.device.type, enabled=False):
-            z_BTH = functional.linear(x_BTC.float(), self.W.weight, self.W.bias)
-            return (1 + functional.softplus(z_BTH)).reciprocal().transpose(1, 2)
+            return (1 + functional.softplus(self.logit(x_BTC))).reciprocal().transpose(1, 2)
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         step_BHTF = self.frequency(x_BTC)[..., None] ** torch.arange(self.n_pairs, device=x_BTC.device)
@@ -61,11 +70,18 @@ class CARoPE(RoPE):
         }
 
     def complaint(self, health: dict[str, float]) -> str | None:
-        if health and health["phase_max"] < 1:
-            return f"f has collapsed to {health['f_mean']:.2g}: φ_1 grows by {health['phase_max']:.2g} radians at most"
+        if stalled := self.stalled(health):
+            return stalled
         if health and health["f_std"] < COLLAPSED * health["f_mean"]:
             spread = f"{health['f_std']:.2g} at a mean of {health['f_mean']:.2g}"
             return f"f has collapsed: over tokens its standard deviation is {spread}; one angle for all is RoPE of another base"
+        return None
+
+    @staticmethod
+    def stalled(health: dict[str, float]) -> str | None:
+        """In words, that f is so small that pair 1 hardly turns; None where it turns."""
+        if health and health["phase_max"] < 1:
+            return f"f has collapsed to {health['f_mean']:.2g}: φ_1 grows by {health['phase_max']:.2g} radians at most"
         return None
 
 
@@ -75,6 +91,18 @@ class CARoPEHidden(CARoPE):
     per_layer = hidden = True
 
 
+class CARoPEPerLayer(CARoPE):
+    """CARoPE with x_t the raw token embedding and a W per layer: what a W per layer does without the hidden state."""
+
+    per_layer = True
+
+
+class CARoPEHiddenShared(CARoPE):
+    """CARoPE with x_t the block's ln_1 output and one W for all layers: what the hidden state does without a W per layer."""
+
+    hidden = True
+
+
 class CARoPENoBias(CARoPE):
     """CARoPE as the paper's formula stands, without a bias: it starts at f = 1/(1 + ln 2) = 0.59, not at RoPE."""
 
@@ -82,3 +110,50 @@ class CARoPENoBias(CARoPE):
 
     def init_weights(self) -> None:
         nn.init.normal_(self.W.weight, std=0.02)
+
+
+class CARoPEScalar(CARoPE):
+    """CARoPE without the input, the ablation its paper proposes: f_h = 1 / (1 + softplus(b_h)), a learned constant per head.
+
+    It is RoPE with a base per head that is learned, from θ_1 on; one b for all layers, as `carope` has one W.
+    """
+
+    beyond = "as RoPE: each head turns on at the rate it has learned"
+
+    def make_parameters(self, cfg: Any) -> None:
+        self.b = nn.Parameter(torch.empty(cfg.n_head))
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.b, self.start)
+
+    def logit(self, x_BTC: Tensor) -> Tensor:
+        return self.b.float().expand(1, x_BTC.size(1), -1)
+
+    def health(self, coords: Tensor) -> dict[str, float]:
+        """f's mean, least and greatest over heads, and φ_1 at the last token, radians."""
+        if self.n_pairs == 1:
+            return {}
+        phase_H = coords[0, :, -1, 1]
+        f_H = phase_H / coords.size(-2)
+        figures = {"f_mean": f_H.mean(), "f_min": f_H.min(), "f_max": f_H.max()}
+        figures |= {"phase_min": phase_H.min(), "phase_max": phase_H.max()}
+        return {name: figure.item() for name, figure in figures.items()}
+
+    def complaint(self, health: dict[str, float]) -> str | None:
+        """Only of a rate near 0: that f is the same for all tokens is the point here."""
+        return self.stalled(health)
+
+
+class CARoPEFrozen(CARoPEScalar):
+    """CARoPE with f held at θ_1: RoPE by the arithmetic of CARoPE, the control of that arithmetic. No parameters."""
+
+    beyond = "as RoPE, which it is"
+
+    def make_parameters(self, cfg: Any) -> None:
+        pass
+
+    def init_weights(self) -> None:
+        pass
+
+    def logit(self, x_BTC: Tensor) -> Tensor:
+        return torch.full((1, x_BTC.size(1), 1), self.start, device=x_BTC.device)

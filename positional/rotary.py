@@ -22,6 +22,7 @@ class RoPE(PositionalEncoding):
     Channels are paired half-split, (u_i, u_{i+D/2}), as in Llama and GPT-NeoX. Coordinates are the phases, radians.
     """
 
+    beyond = "phases grow on: every pair of channels slower than one turn per training length gets angles it has never seen"
     inclusive = False  # the first token stands at 0
 
     def __init__(self, cfg: Any) -> None:
