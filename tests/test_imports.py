@@ -18,7 +18,8 @@ LAYERS = [
     {"replay", "sample"},
     {"train"},
     {"benchmarks"},
-    {"bench", "table1"},
+    {"experiments"},
+    {"bench", "lab", "table1"},
 ]
 ON_DEMAND = {"rotary.py", "rotary_tiles.py"}  # kernels/support.py imports these where Triton is there and asked for
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
