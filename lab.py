@@ -23,8 +23,8 @@ from experiments.plan import Entry, find, read_results, refuse_conflicts, show_p
 from files import atomic_write, write_json
 
 DEFAULT = [
-    "rope", "carope", "carope_hidden", "carope_nobias", "carope_scalar", "nope", "learned", "sinusoidal", "alibi", "t5", "kerple",
-    "fire", "cable", "fox", "partial_rope", "xpos", "rope_bf16pos", "carope_per_layer", "carope_hidden_shared",
+    "rope", "carope", "carope_hidden", "carope_nobias", "carope_scalar", "nope", "learned", "sinusoidal", "alibi", "t5",
+    "kerple", "fire", "cable", "fox", "partial_rope", "xpos", "rope_bf16pos", "carope_per_layer", "carope_hidden_shared",
 ]  # fmt: skip
 
 
