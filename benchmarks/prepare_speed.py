@@ -4,6 +4,7 @@
     python bench.py prepare --source 'texts/*.parquet' --limit_tokens 5_000_000 --rounds 3
 
 - alone: tiktoken's encode_ordinary in one process, document by document, the texts already in memory, the ids thrown away
+- apart-N: N such processes that share nothing, each with every N-th text: what N workers can reach on this machine
 - ours-N: prepare_fineweb.py with N workers: reading, encoding, shards, sha256, fsync
 - pool-N: the recipe of build-nanogpt's fineweb.py, written anew: a multiprocessing pool of N processes encodes a document at
   a time (imap, chunks of 16), the parent copies the ids into a shard's array in memory and saves it with numpy
@@ -66,7 +67,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         raise UserError(f"{rest[0]}: no such option of bench.py prepare; see --help")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         job = make_job(args, scratch)
-        candidates = [("alone", 1), *((kind, n) for n in args.workers for kind in ("ours", "pool"))]
+        candidates = [
+            ("alone", 1),
+            *((kind, n) for n in args.workers for kind in ("ours", "pool")),
+            *(("apart", n) for n in args.workers if n > 1),
+        ]
         took: dict[str, list[Took]] = {}
         for number in range(args.rounds):
             first = number % len(candidates)
@@ -150,7 +155,7 @@ def candidate(kind: str, n: int, job: Job) -> Took:
     from tokenizer import load_tokenizer
 
     load_tokenizer(job.tokenizer)
-    took = {"alone": alone, "ours": ours, "pool": pooled}[kind](n, job)
+    took = {"alone": alone, "apart": apart, "ours": ours, "pool": pooled}[kind](n, job)
     return took._replace(peak_bytes=took.peak_bytes + peak_bytes(os.getpid()))
 
 
@@ -163,10 +168,34 @@ def peak_bytes(pid: int) -> int:
 
 def alone(_n: int, job: Job) -> Took:
     """encode_ordinary and nothing else."""
+    return encode_every(job, 0, 1)
+
+
+def apart(n: int, job: Job) -> Took:
+    """The slowest of `n` processes that begin to encode together, each its share of the texts."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(n)
+    with ProcessPoolExecutor(n, mp_context=context, initializer=_set_ready, initargs=(ready,)) as pool:
+        took = list(pool.map(encode_every, [job] * n, range(n), [n] * n))
+    return Took(max(one.seconds for one in took), sum(one.tokens for one in took), 0)
+
+
+_ready: Any = None
+
+
+def _set_ready(barrier: Any) -> None:
+    global _ready
+    _ready = barrier
+
+
+def encode_every(job: Job, first: int, n: int) -> Took:
+    """encode_ordinary of every `n`-th text from number `first` on, once the other processes have their texts too."""
     from tokenizer import load_tokenizer
 
-    in_memory = list(islice(texts(job.source, job.scratch), job.n_texts))
+    in_memory = list(islice(texts(job.source, job.scratch), first, job.n_texts, n))
     encode: Any = load_tokenizer(job.tokenizer)._tiktoken.encode_ordinary  # type: ignore[attr-defined]
+    if _ready:
+        _ready.wait()
     begin = time.perf_counter()
     tokens = sum(len(encode(text)) for text in in_memory)
     return Took(time.perf_counter() - begin, tokens, 0)
