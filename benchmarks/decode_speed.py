@@ -186,11 +186,8 @@ def describe(result: dict[str, Any]) -> str:
     """The lines for people."""
     at, ms, batch = result["positions"], result["ms_per_token"], result["batch"]
     one, together = result["cached"]["tokens_per_second"], result["batched"]["tokens_per_second"]
-    rate, times, more = (
-        result["weight_bytes"] / ms["weights"] / 1e6,
-        result["cache_speedup"],
-        result["cache_speedup_all_logits"],
-    )
+    times, more = result["cache_speedup"], result["cache_speedup_all_logits"]
+    weights = f"{ms['weights']:.2f} of them the weights at {result['weight_bytes'] / ms['weights'] / 1e6:.1f} GB/s"
     return "\n".join(
         (
             f"{result['encoding']} ({result['dtype']}): {one:.1f} tokens/s; {batch} prompts together {together:.1f}, "
