@@ -62,6 +62,12 @@ class Config(BaseModel):
     block_size: PositiveInt = Field(512, le=2**24, description="training length, tokens")
     rope_base: float = Field(10000.0, ge=1.001, le=1e15, description="base of RoPE's frequencies, also where CARoPE starts")
     sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
+    partial_rope_fraction: float = Field(0.25, gt=0, le=1, description="share of a head's channels that partial_rope turns")
+    partial_rope_kind: Literal["first", "high"] = Field(
+        "first", description="the channels: first has a ladder of frequencies of its own, high is RoPE's without its slowest"
+    )
+    xpos_scale_base: PositiveFloat = Field(512.0, le=2**24, description="tokens over which xpos fades by ζ (2/7 to 1) once")
+    comrope_block: int = Field(8, ge=2, le=65536, description="channels that comrope turns together, even")
 
     # optimization
     micro_batch: Count = Field(32, description="sequences per forward pass and device")

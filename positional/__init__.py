@@ -19,7 +19,8 @@ from positional.carope import (
     CARoPEPerLayer,
     CARoPEScalar,
 )
-from positional.rotary import RoPE
+from positional.comrope import ComRoPE
+from positional.rotary import PartialRoPE, RoPE, RoPEbf16Positions, XPos
 
 __all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
 
@@ -28,6 +29,10 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "learned": Learned,
     "sinusoidal": Sinusoidal,
     "rope": RoPE,
+    "rope_bf16pos": RoPEbf16Positions,
+    "partial_rope": PartialRoPE,
+    "xpos": XPos,
+    "comrope": ComRoPE,
     "carope": CARoPE,
     "carope_hidden": CARoPEHidden,
     "carope_hidden_shared": CARoPEHiddenShared,

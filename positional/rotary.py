@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, S cached and new positions, C width, H heads, D = C/H head width, F = D/2 rotary pairs.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -54,3 +55,103 @@ class RoPE(PositionalEncoding):
         cos, sin = frame
         a, b = u_BHTD.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(u_BHTD.dtype)
+
+
+class PartialRoPE(RoPE):
+    """RoPE on a fraction p = `partial_rope_fraction` of each head's channels; the others carry no position.
+
+    `partial_rope_kind` "first" (GPT-J; GPT-NeoX, 2204.06745, section 2.1): the first pD channels turn, on a ladder of their
+    own, θ_i = base^(−2i/(pD)), from fast to slow. "high" (p-RoPE of Barbero et al., 2410.06205, section 6): the ladder is
+    RoPE's, base^(−2i/D), and the slowest (1 − p)D/2 pairs stand still. pD/2 is rounded down to whole pairs.
+    """
+
+    beyond = "as RoPE for the channels that turn; those that do not know no length"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.turning = self.pairs(cfg)
+        self.own_ladder = cfg.partial_rope_kind == "first"
+        if self.own_ladder:
+            self.n_pairs = self.turning
+            self.theta = cfg.rope_base ** (-1 / self.n_pairs)
+
+    @staticmethod
+    def pairs(cfg: Any) -> int:
+        """How many pairs of channels of a head turn."""
+        # 0.29 of 100 pairs is 28.999… in floating point
+        return int(cfg.partial_rope_fraction * (cfg.n_embd // cfg.n_head // 2) + 1e-9)
+
+    @classmethod
+    def check(cls, cfg: Any) -> None:
+        super().check(cfg)
+        head_width = cfg.n_embd // cfg.n_head
+        if not cls.pairs(cfg):
+            raise ValueError(
+                f"partial_rope_fraction = {cfg.partial_rope_fraction}: leaves no pair of channels to turn, of the head width "
+                f"n_embd / n_head = {head_width}; from 2 / {head_width} on it does"
+            )
+
+    def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        moves_F = torch.arange(self.n_pairs, device=pos_T.device) < self.turning
+        return super().coords(x_BTC, pos_T, last) * moves_F
+
+    def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:
+        if not self.own_ladder:
+            return super().rotate(u_BHTD, frame)
+        turned = super().rotate(u_BHTD[..., : 2 * self.turning], frame)
+        return torch.cat((turned, u_BHTD[..., 2 * self.turning :]), dim=-1)
+
+
+class XPos(RoPE):
+    """xPos (Sun et al., 2212.10554, section 2.2): RoPE, and of q · k pair i fades by ζ_i^(distance / `xpos_scale_base`).
+
+    q at position n is multiplied by ζ_i^(n/512), k by ζ_i^(−n/512), with ζ_i = (2i/D + 0.4) / 1.4. Only the distance reaches
+    the logits, but each factor alone leaves fp32's range: `max_len` is where k's largest, ζ_0's, comes to 2^106; what remains
+    to 2^127 is for the keys themselves. The authors' attention by blocks at inference (BCA) is not part of it.
+    """
+
+    beyond = "as RoPE, but what is far counts less pair by pair, the fast ones most; ends where fp32 does (max_len)"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.scale_base = cfg.xpos_scale_base
+        self.max_len = self.longest(cfg)
+
+    @staticmethod
+    def longest(cfg: Any) -> int:
+        """Positions for which the factors stay within fp32, and bf16, which reaches as far."""
+        return int(cfg.xpos_scale_base * 106 * math.log(2) / math.log(1.4 / 0.4))
+
+    @classmethod
+    def check(cls, cfg: Any) -> None:
+        super().check(cfg)
+        if cfg.block_size > cls.longest(cfg):
+            raise ValueError(
+                f"block_size = {cfg.block_size}: with xpos_scale_base = {cfg.xpos_scale_base:g} the factors of xpos leave "
+                f"fp32's range after {cls.longest(cfg)} tokens; a larger xpos_scale_base reaches further"
+            )
+
+    def frame(self, coords: Any) -> Any:
+        """Cosine and sine for q, and for k, with their factors."""
+        i_F = torch.arange(self.n_pairs, dtype=torch.float64, device=coords.device)
+        zeta_F = (i_F / self.n_pairs + 0.4) / 1.4
+        scale = zeta_F ** (coords[..., :1] / self.scale_base)  # θ_0 = 1: the phase of pair 0 is the position
+        cos, sin = coords.cos(), coords.sin()
+        return ((cos * scale).float(), (sin * scale).float()), ((cos / scale).float(), (sin / scale).float())
+
+    def turn(self, q_BHTD: Tensor, k_BHTD: Tensor, frame: Any) -> tuple[Tensor, Tensor]:
+        return self.rotate(q_BHTD, frame[0]), self.rotate(k_BHTD, frame[1])
+
+
+class RoPEbf16Positions(RoPE):
+    """RoPE with positions rounded to bf16, a defect on purpose: what the rotary library of CARoPE's companion code does.
+
+    There positions are counted in the type of the queries, bf16 under autocast, and then multiplied by fp32 frequencies. bf16
+    has 8 bits: from 256 on only even positions exist, from 512 on every fourth, so 256 … 511 give 129 rotations. Here they are
+    rounded whatever the run's dtype, to see this effect alone.
+    """
+
+    beyond = "as RoPE, and neighbors coincide: 2 positions share a rotation from 256 on, 4 from 512, 8 from 1024, …"
+
+    def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        return super().coords(x_BTC, pos_T.to(torch.bfloat16), last)

@@ -6,15 +6,17 @@ import torch
 from test_positional import build, tokens
 
 from config import load_config
+from errors import UserError
+from kernels.support import rotation_kernel
 from model import GPT
 from positional import ENCODINGS
 
 CAROPE = sorted(name for name in ENCODINGS if name.startswith("carope"))
 
 
-def moved_alike(*encodings: str, block_size: int = 512) -> list[GPT]:
+def moved_alike(*encodings: str, also: tuple[str, ...] = ()) -> list[GPT]:
     """Models of these encodings, each at its start; the rest of their weights is the same, away from its start."""
-    words = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--vocab_size=97", f"--block_size={block_size}"]
+    words = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--vocab_size=97", "--block_size=512", *also]
     models = [GPT(load_config([*words, f"--encoding={encoding}"])).eval() for encoding in encodings]
     with torch.no_grad():
         for model in models:
@@ -84,3 +86,137 @@ def test_a_scalar_f_is_healthy_unless_nothing_turns():
     with torch.no_grad():
         model.wpe.b.fill_(200.0)
     assert "collapsed to 0.005" in model.health(tokens(24))[1]
+
+
+def frequencies(n: int, base: float = 10000.0) -> np.ndarray:
+    return np.array([base ** (-i / n) for i in range(n)])
+
+
+def turned(u_TD: np.ndarray, angle_TF: np.ndarray, pairs: list[tuple[int, int]]) -> np.ndarray:
+    """u with the two channels of each pair turned as a complex number, one token and one pair at a time."""
+    found = u_TD.copy()
+    for t in range(len(u_TD)):
+        for (i, j), angle in zip(pairs, angle_TF[t], strict=True):
+            z = complex(u_TD[t, i], u_TD[t, j]) * np.exp(1j * angle)
+            found[t, i], found[t, j] = z.real, z.imag
+    return found
+
+
+def both_turned(encoding: str, *words: str, n: int = 40) -> tuple[np.ndarray, ...]:
+    """q, k before and after they are turned to positions 0 … n − 1, of one head of width 16."""
+    one = build(encoding, *words).encodings[0]
+    q, k = torch.randn(2, 1, 2, n, 16, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        after = one.turn(q, k, one.frame(one.coords(torch.zeros(1, n, 32), torch.arange(n))))
+    return tuple(u[0, 0].double().numpy() for u in (q, k, *after))
+
+
+@pytest.mark.parametrize(("fraction", "n"), [(0.25, 2), (0.5, 4), (0.7, 5), (1.0, 8)])
+def test_partial_rope_turns_the_first_channels_on_their_own_ladder(fraction, n):
+    q, k, q_after, k_after = both_turned("partial_rope", f"--partial_rope_fraction={fraction}")
+    angles = np.arange(40)[:, None] * frequencies(n)
+    for before, after in ((q, q_after), (k, k_after)):
+        np.testing.assert_allclose(after, turned(before, angles, [(i, i + n) for i in range(n)]), atol=1e-6)
+        assert np.array_equal(after[:, 2 * n :], before[:, 2 * n :])
+
+
+@pytest.mark.parametrize(("fraction", "n"), [(0.25, 2), (0.75, 6), (1.0, 8)])
+def test_partial_rope_of_kind_high_is_rope_without_its_slowest_pairs(fraction, n):
+    words = [f"--partial_rope_fraction={fraction}", "--partial_rope_kind=high"]
+    q, k, q_after, k_after = both_turned("partial_rope", *words)
+    angles = np.arange(40)[:, None] * frequencies(8)[:n]
+    for before, after in ((q, q_after), (k, k_after)):
+        np.testing.assert_allclose(after, turned(before, angles, [(i, i + 8) for i in range(n)]), atol=1e-6)
+
+
+def test_partial_rope_without_a_pair_to_turn_is_refused():
+    with pytest.raises(UserError, match=r"partial_rope_fraction = 0.1.* = 16; from 2 / 16 on"):
+        build("partial_rope", "--partial_rope_fraction=0.1")
+
+
+def test_xpos_scores_are_those_of_rope_faded_by_the_distance():
+    q, k, q_after, k_after = both_turned("xpos", "--xpos_scale_base=20")
+    ours = q_after @ k_after.T
+    for n in range(40):
+        for m in range(n + 1):
+            expected = 0.0
+            for i in range(8):
+                zeta = (2 * i / 16 + 0.4) / 1.4
+                z = complex(q[n, i], q[n, i + 8]) * complex(k[m, i], k[m, i + 8]).conjugate()
+                expected += zeta ** ((n - m) / 20) * (z * np.exp(1j * (n - m) * 10000 ** (-i / 8))).real
+            assert ours[n, m] == pytest.approx(expected, abs=1e-5)
+
+
+def test_xpos_is_finite_to_its_end_and_not_trained_beyond_it():
+    model = build("xpos", "--xpos_scale_base=0.6")
+    end = model.max_len
+    assert end == 35  # 0.6 · 106 ln 2 / ln 3.5
+    _, _, q_after, k_after = both_turned("xpos", "--xpos_scale_base=0.6", n=end)
+    assert np.abs(q_after[-1]).min() > 2.0**-126 and np.abs(k_after).max() < 2.0**110
+    model(tokens(end), tokens(end).roll(-1, 1)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match=r"36 tokens.*xpos.*35 only"):
+        model(tokens(36))
+    with pytest.raises(UserError, match=r"block_size = 40000: with xpos_scale_base = 512 .* after 30028 tokens"):
+        build("xpos", "--block_size=40000", "--tokens_per_step=40000", "--micro_batch=1")
+
+
+def test_bf16_positions_256_to_511_give_129_rotations():
+    one = build("rope_bf16pos").wpe
+    cos, sin = one.frame(one.coords(torch.zeros(1, 512, 32), torch.arange(512)))
+    rotations = torch.cat((cos, sin), dim=-1)[0, 0]
+    assert len(rotations[:257].unique(dim=0)) == 257 and len(rotations[256:].unique(dim=0)) == 129
+    exact = build("rope").wpe
+    expected = exact.frame(exact.coords(torch.zeros(1, 512, 32), torch.arange(512)))[0]
+    assert torch.equal(cos[:, :, :257], expected[:, :, :257]) and not torch.equal(cos, expected)
+
+
+@pytest.mark.parametrize("block", [2, 8, 16])
+def test_comrope_starts_as_rope_and_leaves_it(block):
+    rope, ours = moved_alike("rope", "comrope", also=(f"--comrope_block={block}",))
+    idx = tokens(512, batch=1)
+    with torch.no_grad():
+        expected = rope(idx)
+        torch.testing.assert_close(ours(idx), expected, atol=1e-5, rtol=0)
+        ours.encodings[0].angles.add_(0.02)
+        assert (ours(idx) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("block", [2, 4, 8])
+def test_comrope_turns_by_the_matrix_exponential_of_its_angles(block):
+    one = build("comrope", f"--comrope_block={block}").encodings[0]
+    with torch.no_grad():
+        A_HNbb = one.matrices()
+    assert torch.equal(A_HNbb, -A_HNbb.mT) and A_HNbb.shape == (2, 16 // block, block, block)
+    q, k, q_after, k_after = both_turned("comrope", f"--comrope_block={block}")
+    order = [channel for i in range(8) for channel in (i, i + 8)]  # block n holds pairs nb/2 …, each (i, i + D/2)
+    whole = torch.block_diag(*A_HNbb[0])
+
+    def R(m: int) -> np.ndarray:
+        return torch.matrix_exp(m * whole).numpy()
+
+    for before, after in ((q, q_after), (k, k_after)):
+        expected = np.stack([R(m + 1) @ before[m, order] for m in range(40)])
+        np.testing.assert_allclose(after[:, order], expected, atol=2e-6)
+    np.testing.assert_allclose(R(3) @ R(17), R(20), atol=1e-12)
+    for n, m in ((39, 0), (20, 13), (5, 5)):
+        expected = (R(n - m) @ q[n, order]) @ k[m, order]  # R(m)ᵀ = R(−m): only the distance is left
+        assert (q_after @ k_after.T)[n, m] == pytest.approx(expected, abs=1e-5)
+
+
+def test_comrope_stays_orthogonal_far_out():
+    one = build("comrope").encodings[0]
+    with torch.no_grad():
+        R = one.coords(torch.zeros(1, 4096, 32), torch.arange(4096))[0, :, -1].view(2, 2, 8, 8)
+    torch.testing.assert_close(R @ R.mT, torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8), atol=1e-10, rtol=0)
+    torch.testing.assert_close(R, torch.matrix_exp(4096 * one.matrices().detach()), atol=1e-9, rtol=0)
+
+
+def test_comrope_blocks_must_fit_the_head():
+    with pytest.raises(UserError, match=r"comrope_block = 6: must be even .* = 16; these do: 2, 4, 8, 16"):
+        build("comrope", "--comrope_block=6")
+
+
+@pytest.mark.parametrize("encoding", ["rope_bf16pos", "partial_rope", "xpos", "comrope"])
+def test_what_changes_rotation_gets_no_kernel_of_its_parent(encoding):
+    assert rotation_kernel("triton", ENCODINGS[encoding]) is None
