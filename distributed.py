@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import EXIT_LOST_RANK, UserError
-from fsdp import compile_blocks, is_sharded, shard
-from rendezvous import meet
-from watchdog import Watchdog, follow_parent
+from system.errors import EXIT_LOST_RANK, UserError
+from system.fsdp import compile_blocks, is_sharded, shard
+from system.rendezvous import meet
+from system.watchdog import Watchdog, follow_parent
 
 # Dense bf16 TFLOP/s by vendor data sheet; the first name found in the device's name counts
 PEAK_TFLOPS = {

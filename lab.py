@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import host  # noqa: F401  before torch, which reads what it sets
-from errors import EXIT_REQUEUE, UserError, command
+import system.host  # noqa: F401  before torch, which reads what it sets
 from experiments.jobs import Job, run_all
 from experiments.lab_report import collect, draw, render
 from experiments.plan import Entry, find, read_results, refuse_conflicts, show_plan
-from files import atomic_write, write_json
+from system.errors import EXIT_REQUEUE, UserError, command
+from system.files import atomic_write, write_json
 
 DEFAULT = [
     "rope", "carope", "carope_hidden", "carope_nobias", "carope_scalar", "nope", "learned", "sinusoidal", "alibi", "t5",

@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import host  # noqa: F401  before torch, which reads what it sets
-from errors import UserError, command
+import system.host  # noqa: F401  before torch, which reads what it sets
 from experiments.jobs import launch
 from experiments.plan import ROOT, Entry, find, read_results, refuse_conflicts, show_plan
-from files import atomic_write, write_json
+from system.errors import UserError, command
+from system.files import atomic_write, write_json
 
 # Perplexity on 0.1B held-out tokens of FineWeb-Edu, Table 1 of arXiv 2507.23083
 PAPER = {

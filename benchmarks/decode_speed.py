@@ -72,10 +72,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 def load_models(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """A model for each encoding asked for, random or the run's. Raises UserError."""
-    from checkpoint import load_model
     from config import load_config
-    from errors import UserError
     from model import GPT
+    from system.errors import UserError
+    from training.checkpoint import load_model
 
     longest = max(args.late + NEAR, args.tokens + 1)
     if rest and Path(rest[0]).is_dir():
@@ -112,7 +112,7 @@ def tokens_at(model: Any, position: int) -> Any:
     """Work that decodes NEAR tokens after `position` others; the cache is filled before."""
     import torch
 
-    from kv_cache import KVCache
+    from kernels.kv_cache import KVCache
 
     cache, device = KVCache(), model.wte.weight.device
     model(torch.zeros(1, position, dtype=torch.long, device=device), cache=cache, last_only=True)

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Time every candidate in every round; returns the JSON fields. Raises UserError."""
-    from errors import UserError
+    from system.errors import UserError
 
     if rest:
         raise UserError(f"{rest[0]}: no such option of bench.py prepare; see --help")
@@ -112,7 +112,7 @@ def make_job(args: argparse.Namespace, scratch: str) -> Job:
     source = args.source or [write_demo(Path(scratch, "demo.parquet"))]
     n_texts = None
     if args.limit_tokens:
-        from tokenizer import load_tokenizer
+        from text.tokenizer import load_tokenizer
 
         encode, n_texts, tokens = load_tokenizer("gpt2").encode, 0, 0
         for text in texts(source, scratch):
@@ -127,7 +127,7 @@ def write_demo(path: Path) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from corpus import demo_documents
+    from text.corpus import demo_documents
 
     pq.write_table(pa.table({"text": demo_documents() * DEMO_REPEATS}), path)
     return str(path)
@@ -135,8 +135,8 @@ def write_demo(path: Path) -> str:
 
 def texts(source: list[str], scratch: str) -> Iterator[str]:
     """The texts that preparation encodes: documents, and of very long ones the pieces."""
-    from corpus import read_pieces
-    from sources import open_source
+    from text.corpus import read_pieces
+    from text.sources import open_source
 
     opened = open_source(source, Path(scratch, "fetched"))
     for i in range(len(opened.files)):
@@ -152,7 +152,7 @@ def in_a_new_process(kind: str, n: int, job: Job) -> Took:
 
 def candidate(kind: str, n: int, job: Job) -> Took:
     """Run one candidate in this process."""
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     load_tokenizer(job.tokenizer)
     took = {"alone": alone, "apart": apart, "ours": ours, "pool": pooled}[kind](n, job)
@@ -190,7 +190,7 @@ def _set_ready(barrier: Any) -> None:
 
 def encode_every(job: Job, first: int, n: int) -> Took:
     """encode_ordinary of every `n`-th text from number `first` on, once the other processes have their texts too."""
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     in_memory = list(islice(texts(job.source, job.scratch), first, job.n_texts, n))
     encode: Any = load_tokenizer(job.tokenizer)._tiktoken.encode_ordinary  # type: ignore[attr-defined]
@@ -239,7 +239,7 @@ def document_ids(text: str) -> Any:  # -> np.ndarray
     """What a process of the pool does with a document: (n,) uint16, the end-of-text token first."""
     import numpy as np
 
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer("gpt2")
     ids = np.array([tokenizer.eot, *tokenizer._tiktoken.encode_ordinary(text)])

@@ -9,8 +9,8 @@ from typing import Any
 
 from config import load_config
 from experiments.plan import ROOT
-from files import atomic_write
 from positional import ENCODINGS
+from system.files import atomic_write
 
 PAGE = ROOT / "docs/encodings.md"
 ACTS = {

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from errors import EXIT_REQUEUE, UserError
 from experiments.plan import ROOT
-from watchdog import PARENT
+from system.errors import EXIT_REQUEUE, UserError
+from system.watchdog import PARENT
 
 POLL_S = 0.2
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from experiments.plan import Entry, read_results
-from files import atomic_write
 from positional import ENCODINGS
-from provenance import git_version
+from system.files import atomic_write
+from training.provenance import git_version
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
 TITLES = {

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling import hours_from, summary
-from checkpoint import newest_checkpoint
 from config import Config, load_config
-from errors import UserError
-from run import check_same
+from system.errors import UserError
+from training.checkpoint import newest_checkpoint
+from training.run import check_same
 
 ROOT = Path(__file__).parent.parent
 H100S = 2  # the paper's, for the hours of runs whose speed nobody measured yet

@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT, assert_same_run, logged, records, run_command, start_command, torchrun, wait_until
 from safetensors.torch import load_file
 
-from checkpoint import list_checkpoints, newest_checkpoint
 from config import grad_accum, load_config
-from errors import EXIT_REQUEUE
 from model import GPT, KVCache
+from system.errors import EXIT_REQUEUE
 from train import train
+from training.checkpoint import list_checkpoints, newest_checkpoint
 
 # Shards that do not divide: 321 rows of embeddings on two ranks, CARoPE's one row of W on one of them. Five batches in an
 # evaluation, seven in the last, one window and a part of one among them: the last round has none for rank 1

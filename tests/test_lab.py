@@ -10,8 +10,8 @@ import pytest
 from conftest import run_command
 
 import lab
-from errors import EXIT_REQUEUE, UserError
 from experiments.lab_report import mean_and_error, render, summarize
+from system.errors import EXIT_REQUEUE, UserError
 
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
