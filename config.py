@@ -62,6 +62,9 @@ class Config(BaseModel):
     block_size: PositiveInt = Field(512, le=2**24, description="training length, tokens")
     rope_base: float = Field(10000.0, ge=1.001, le=1e15, description="base of RoPE's frequencies, also where CARoPE starts")
     sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
+    t5_buckets: int = Field(32, ge=2, le=2**20, description="T5's buckets of distances, half of them of one distance each")
+    t5_max_distance: PositiveInt = Field(128, le=2**24, description="where T5's last bucket begins at the latest, tokens")
+    fire_width: PositiveInt = Field(32, le=65536, description="hidden width of FIRE's MLP, channels")
 
     # optimization
     micro_batch: Count = Field(32, description="sequences per forward pass and device")

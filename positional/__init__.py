@@ -10,7 +10,9 @@ To add one: write a class, add it to ENCODINGS; every test that runs on all enco
 
 from positional.additive import Learned, Sinusoidal
 from positional.base import PositionalEncoding
+from positional.bias import FIRE, KERPLE, T5, ALiBi
 from positional.carope import CARoPE, CARoPEHidden, CARoPENoBias
+from positional.context import CABLE, FoX
 from positional.rotary import RoPE
 
 __all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
@@ -23,4 +25,10 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "carope": CARoPE,
     "carope_hidden": CARoPEHidden,
     "carope_nobias": CARoPENoBias,
+    "alibi": ALiBi,
+    "t5": T5,
+    "kerple": KERPLE,
+    "fire": FIRE,
+    "cable": CABLE,
+    "fox": FoX,
 }
