@@ -68,6 +68,9 @@ class Config(BaseModel):
     )
     xpos_scale_base: PositiveFloat = Field(512.0, le=2**24, description="tokens over which xpos fades by ζ (2/7 to 1) once")
     comrope_block: int = Field(8, ge=2, le=65536, description="channels that comrope turns together, even")
+    t5_buckets: int = Field(32, ge=2, le=2**20, description="T5's buckets of distances, half of them of one distance each")
+    t5_max_distance: PositiveInt = Field(128, le=2**24, description="where T5's last bucket begins at the latest, tokens")
+    fire_width: PositiveInt = Field(32, le=65536, description="hidden width of FIRE's MLP, channels")
 
     # optimization
     micro_batch: Count = Field(32, description="sequences per forward pass and device")

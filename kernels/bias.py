@@ -59,7 +59,8 @@ def visible(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def _by_key(c_BHS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(q, k, v, c_BHS[..., None, :] - c_BHS[..., None, -1:])
+    # What is taken off tells later tokens' coordinates to earlier queries; a softmax does not see it, its gradient would
+    return attend(q, k, v, c_BHS[..., None, :] - c_BHS[..., None, -1:].detach())
 
 
 def _by_distance(table_HS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

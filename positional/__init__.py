@@ -10,6 +10,7 @@ To add one: write a class, add it to ENCODINGS; every test that runs on all enco
 
 from positional.additive import Learned, Sinusoidal
 from positional.base import PositionalEncoding
+from positional.bias import FIRE, KERPLE, T5, ALiBi
 from positional.carope import (
     CARoPE,
     CARoPEFrozen,
@@ -20,6 +21,7 @@ from positional.carope import (
     CARoPEScalar,
 )
 from positional.comrope import ComRoPE
+from positional.context import CABLE, FoX
 from positional.rotary import PartialRoPE, RoPE, RoPEbf16Positions, XPos
 
 __all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
@@ -40,4 +42,10 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "carope_nobias": CARoPENoBias,
     "carope_scalar": CARoPEScalar,
     "carope_frozen": CARoPEFrozen,
+    "alibi": ALiBi,
+    "t5": T5,
+    "kerple": KERPLE,
+    "fire": FIRE,
+    "cable": CABLE,
+    "fox": FoX,
 }

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import load_config
+from kernels.bias import overrides
 from model import GPT, KVCache
 from positional import ENCODINGS
 
@@ -56,7 +57,9 @@ def test_decoding_with_the_cache_equals_the_full_forward_also_past_the_training_
         pieces = [model(idx[:, :5], cache=cache), model(idx[:, 5:9], cache=cache)]  # a prompt, and more of it
         pieces += [model(idx[:, i : i + 1], cache=cache) for i in range(9, n)]
     assert len(cache) == n
-    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-5, rtol=0)
+    # A running sum in the logits is known to an fp32 ulp of the whole text's
+    atol = 1e-4 if overrides(model.encodings[0], "key_bias") else 1e-5
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=atol, rtol=0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,152 @@
+"""Encodings that add to the attention logits what the distance of query and key says, whatever the tokens are.
+
+Shapes: T positions, S keys, H heads, N buckets, M width of an MLP.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from positional.base import PositionalEncoding
+
+
+def alibi_slopes(n_head: int) -> list[float]:
+    """Slopes m_1 … m_H: 2^(−8h/H) where H is a power of two (2108.12409, section 3).
+
+    Other H take those of the power of two below, P, then every second one of 2P, from the first on, as BLOOM does.
+    """
+    power = 1 << (n_head.bit_length() - 1)
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    return slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * (n_head - power), 2)]
+
+
+class ALiBi(PositionalEncoding):
+    """Attention with linear biases (Press et al., 2108.12409, section 3): −m_h·(i − j), nothing is learned.
+
+    Coordinates are positions, (1, 1, T, 1) float64.
+    """
+
+    beyond = "the bias goes on falling linearly: far tokens fade out, as they did in training"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.slopes = alibi_slopes(cfg.n_head)
+
+    def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        return pos_T.double()[None, None, :, None]
+
+    def key_bias(self, coords_k: Tensor) -> Tensor:
+        slopes_H = torch.tensor(self.slopes, dtype=torch.float64, device=coords_k.device)
+        return slopes_H[:, None] * coords_k[..., 0]
+
+
+def t5_bucket(distance_S: Tensor, n_buckets: int, max_distance: int) -> Tensor:
+    """The bucket of each distance i − j ≥ 0, (S,) int64, for a decoder (1910.10683, section 2.1).
+
+    One each for the distances below N/2; from there on N/2 buckets that grow logarithmically up to `max_distance`; the last
+    one holds all that is beyond. In float64, and a hair up: where a bucket begins at an integer, that integer is in it.
+    """
+    exact = n_buckets // 2
+    ratio_S = (distance_S.double() / exact).clamp(min=1).log() / math.log(max_distance / exact)
+    far_S = exact + (ratio_S * (n_buckets - exact) + 1e-9).long()
+    return torch.where(distance_S < exact, distance_S, far_S.clamp(max=n_buckets - 1))
+
+
+class T5(PositionalEncoding):
+    """T5's relative positions (Raffel et al., 1910.10683, section 2.1): a learned scalar per bucket of distances and head.
+
+    One table for all layers. T5 leaves out the 1/√D of the logits; here it stays, as for every encoding.
+    """
+
+    beyond = "all distances from t5_max_distance on share one learned bias"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.max_distance, self.std = cfg.t5_max_distance, cfg.n_embd**-0.5
+        self.table_NH = nn.Parameter(torch.empty(cfg.t5_buckets, cfg.n_head))
+
+    @classmethod
+    def check(cls, cfg: Any) -> None:
+        if cfg.t5_max_distance <= cfg.t5_buckets // 2:
+            raise ValueError(
+                f"t5_max_distance = {cfg.t5_max_distance}: half of t5_buckets = {cfg.t5_buckets} hold one distance each, so it "
+                f"must be more than {cfg.t5_buckets // 2}"
+            )
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.table_NH, std=self.std)  # as T5 does: its width to the power −1/2
+
+    def distance_bias(self, n: int) -> Tensor:
+        distance_S = torch.arange(n, device=self.table_NH.device)
+        return self.table_NH[t5_bucket(distance_S, len(self.table_NH), self.max_distance)].T.float()
+
+
+class KERPLE(PositionalEncoding):
+    """KERPLE, logarithmic (Chi et al., 2205.09921): −r1·log(1 + r2·|i − j|), r1, r2 > 0 per head and layer.
+
+    r = softplus of what is learned. The authors clamp r at 0.01 instead, which stops at the limit; starts are theirs,
+    r1 ~ U(0, 2) and r2 ~ U(0, 1).
+    """
+
+    per_layer = True
+    beyond = "the bias goes on falling, with the logarithm of the distance"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.r1_H = nn.Parameter(torch.empty(cfg.n_head))
+        self.r2_H = nn.Parameter(torch.empty(cfg.n_head))
+
+    def init_weights(self) -> None:
+        for raw_H, most in ((self.r1_H, 2), (self.r2_H, 1)):
+            nn.init.uniform_(raw_H, 0.01, most)
+            raw_H.copy_(raw_H.expm1().log())  # softplus⁻¹
+
+    def distance_bias(self, n: int) -> Tensor:
+        distance_S = torch.arange(n, device=self.r1_H.device, dtype=torch.float32)
+        with torch.autocast(self.r1_H.device.type, enabled=False):
+            r1_H1, r2_H1 = (functional.softplus(raw_H.float())[:, None] for raw_H in (self.r1_H, self.r2_H))
+            return -r1_H1 * (r2_H1 * distance_S).log1p()
+
+
+class FIRE(PositionalEncoding):
+    """FIRE (Li et al., 2310.04418): an MLP of ψ(i − j) / ψ(max(L, i)), ψ(x) = log(c·x + 1), per layer.
+
+    c and L are learned, from 0.1 and 512 on (the listing in the appendix); both count by their absolute value. The MLP has one
+    hidden layer of ReLUs and starts as torch's linear layers do. Coordinates are positions from 0 on, (1, 1, T, 1) float64.
+    """
+
+    per_layer = True
+    beyond = "distances are relative to the query's position, so the MLP never leaves the interval it was trained on"
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.c, self.threshold = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+        self.fc, self.proj = nn.Linear(1, cfg.fire_width), nn.Linear(cfg.fire_width, cfg.n_head)
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.c, 0.1)
+        nn.init.constant_(self.threshold, 1.0)  # in units of THRESHOLD: a learning rate moves it by its part, not by a token
+        self.fc.reset_parameters()
+        self.proj.reset_parameters()
+
+    def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        return pos_T.double()[None, None, :, None]
+
+    def bias(self, coords_q: Tensor, coords_k: Tensor) -> Tensor:
+        i_T1, j_S = coords_q[0, 0].float(), coords_k[0, 0, :, 0].float()  # positions below 2^24: fp32 holds them
+        with torch.autocast(i_T1.device.type, enabled=False):
+            threshold = (self.threshold.float() * THRESHOLD).abs()
+            distance_TS = self._psi((i_T1 - j_S).clamp(min=0))  # of later keys, which nobody sees: anything finite
+            x_TS = distance_TS / (self._psi(torch.maximum(i_T1, threshold)) + 1e-6)
+            hidden_TSM = functional.relu(functional.linear(x_TS[..., None], self.fc.weight.float(), self.fc.bias.float()))
+            bias_TSH = functional.linear(hidden_TSM, self.proj.weight.float(), self.proj.bias.float())
+        return bias_TSH.permute(2, 0, 1)[None]
+
+    def _psi(self, x: Tensor) -> Tensor:
+        return (self.c.float().abs() * x).log1p()
+
+
+THRESHOLD = 512  # L at the start, tokens
