@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_PY ?= python3
+LAB_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # On a machine that others use too, threads that spin for each other long hold up each other
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-all faults soak gpu clean-demo
+.PHONY: help demo test test-all lab lab-gpu faults soak gpu clean-demo
 
 help: ## these lines
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -29,6 +30,14 @@ test: $(VENV)/.installed-dev ## the tests, without the slow ones
 
 test-all: $(VENV)/.installed-dev ## all tests
 	$(PY) -m pytest
+
+lab: $(VENV)/.installed ## every encoding with three seeds on this CPU, hours that may be interrupted: runs/lab.md
+	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo
+	$(PY) lab.py --jobs $(LAB_JOBS) $(LAB_ARGS)
+
+lab-gpu: ## GPT-Tiny with Table 1's encodings and some more, data/lab, nine minutes of it, then again: results/lab-gpu.json
+	$(GPU_PY) lab.py config/lab-gpu.toml --data=data/lab --minutes 9 --seeds 1 --lengths 512 1024 2048 4096 8192 --max_tokens 0 \
+	  --encodings rope carope carope_hidden carope_scalar learned sinusoidal rope_bf16pos alibi --json results/lab-gpu.json $(LAB_ARGS)
 
 faults: $(VENV)/.installed-dev ## every fault of docs/reliability.md injected: a table, and results/faults.json
 	$(PY) -m pytest tests/faults -m "not soak" --faults results/faults.json

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import host  # noqa: F401  before torch, which reads what it sets
-from errors import command
-from files import write_json
+import system.host  # noqa: F401  before torch, which reads what it sets
+from system.errors import command
+from system.files import write_json
 
 COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "startup", "scaling", "overlap", "all")
 
@@ -53,7 +53,7 @@ def conditions() -> dict[str, Any]:
     import torch
 
     from distributed import pick_device
-    from provenance import device_name, git_version
+    from training.provenance import device_name, git_version
 
     n_local = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", f"--nproc_per_node={n_local}"] if n_local else ["python"]

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from errors import UserError
+from system.errors import UserError
 
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]

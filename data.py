@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from config import grad_accum
-from errors import UserError
-from files import sha256_file
-from shards import FileName, find_shards, open_shard, read_manifest
+from system.errors import UserError
+from system.files import sha256_file
+from text.shards import FileName, find_shards, open_shard, read_manifest
 
 VERIFY_TOKENS = 1 << 24  # looked through at a time
 

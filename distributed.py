@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import EXIT_LOST_RANK, UserError
-from fsdp import compile_blocks, is_sharded, shard
-from rendezvous import meet
-from watchdog import Watchdog, follow_parent
+from system.errors import EXIT_LOST_RANK, UserError
+from system.fsdp import compile_blocks, is_sharded, shard
+from system.rendezvous import meet
+from system.watchdog import Watchdog, follow_parent
 
 # Dense bf16 TFLOP/s by vendor data sheet; the first name found in the device's name counts
 PEAK_TFLOPS = {
@@ -29,6 +29,11 @@ PEAK_TFLOPS = {
 
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+# Process groups that were left. DDP's reducer, often the last to hold one, would wait with Python's lock for gloo's threads to
+# end, and one of these for the lock to let go of a tensor (torch 2.13): a training would hang at its end, now and then.
+_LEFT: list[Any] = []
 
 
 class Distributed:
@@ -84,6 +89,7 @@ class Distributed:
             if self._watchdog:
                 self._watchdog.close()
         if dist.is_initialized() and error is None:  # else the others may not come along; the process ends anyway
+            _LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
     def _explain(self, error: RuntimeError) -> None:

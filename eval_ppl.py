@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import host  # noqa: F401  before torch, which reads what it sets
+import system.host  # noqa: F401  before torch, which reads what it sets
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,15 +56,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import load_model
 from data import TokenStream, to_batch
 from distributed import Distributed, local_and_eager, pick_dtype
-from errors import UserError, command
-from files import write_json
-from fsdp import is_sharded, uncompiled
 from model import GPT
 from positional.scaling import SCALINGS, rescale
-from provenance import git_version
+from system.errors import UserError, command
+from system.files import write_json
+from system.fsdp import is_sharded, uncompiled
+from training.checkpoint import load_model
+from training.provenance import git_version
 
 
 @dataclass(frozen=True)

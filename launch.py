@@ -11,8 +11,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from errors import EXIT_REQUEUE, command
-from watchdog import PARENT, follow_parent
+from system.errors import EXIT_REQUEUE, command
+from system.watchdog import PARENT, follow_parent
 
 
 def launch(arguments: list[str]) -> int:

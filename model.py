@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.bias import Attend, attend, attention_of
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.kv_cache import KVCache
 from kernels.support import rotation_kernel
-from kv_cache import KVCache
 from positional import ENCODINGS, PositionalEncoding
 
 

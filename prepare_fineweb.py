@@ -22,11 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from errors import UserError, command
-from files import locked, write_json
-from shards import MANIFEST, read_manifest
-from sources import Source, is_hub, open_source
-from token_stream import (
+from system.errors import UserError, command
+from system.files import locked, write_json
+from text.shards import MANIFEST, read_manifest
+from text.sources import Source, is_hub, open_source
+from text.token_stream import (
     PROGRESS,
     ShardFolder,
     encode_in_order,
@@ -35,7 +35,7 @@ from token_stream import (
     read_earlier,
     refuse_other_work,
 )
-from tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from text.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 
 FINEWEB = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # of English, to estimate with

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import host  # noqa: F401  before torch, which reads what it sets
+import system.host  # noqa: F401  before torch, which reads what it sets
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,11 +46,11 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes s
 
 import torch
 
-from checkpoint import load_model
 from distributed import Distributed
-from errors import UserError, command
 from model import GPT
-from tokenizer import Tokenizer, load_tokenizer
+from system.errors import UserError, command
+from text.tokenizer import Tokenizer, load_tokenizer
+from training.checkpoint import load_model
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -8,7 +8,7 @@ The same command, started again after an interruption, goes on from the newest c
 
 import sys
 
-import host  # noqa: F401  before torch, which reads what it sets
+import system.host  # noqa: F401  before torch, which reads what it sets
 from config import Config, load_config
 
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
@@ -18,16 +18,16 @@ from torch import nn
 
 from data import Batches, TokenStream, to_batch
 from distributed import Distributed, pick_device
-from errors import command
 from eval_ppl import evaluate
-from fsdp import uncompiled
-from guard import Guard
 from kernels.support import check_kernel
 from model import GPT
-from optim import make_optimizer
-from replay import Replay
-from run import Leaving, Run
-from step import update
+from system.errors import command
+from system.fsdp import uncompiled
+from training.guard import Guard
+from training.optim import make_optimizer
+from training.replay import Replay
+from training.run import Leaving, Run
+from training.step import update
 
 
 def train(cfg: Config) -> int:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
             failed[name] = error
             print(f"{name}: {error}", flush=True)
         if args.json:
-            from files import write_json
+            from system.files import write_json
 
             write_json(Path(args.json), {"unfinished": True, "stages": found, "failed": failed})
     return {"results": rates(found), "stages": {name: result for name, result in found.items() if result}, "failed": failed}

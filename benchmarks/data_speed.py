@@ -72,7 +72,7 @@ def shards(folder: str | None, vocab_size: int, n_tokens: int) -> Iterator[Path]
     import numpy as np
 
     from data import TokenStream
-    from shards import write_shard
+    from text.shards import write_shard
 
     with tempfile.TemporaryDirectory(prefix="bench-") as made:
         draw = np.random.default_rng(0)

@@ -8,6 +8,7 @@ Takes a configuration, whose weights are then random, or a run folder. For each 
 - early, late: one new token after `--early` and after `--late` others, the mean of a few
 - cached: `--tokens` new tokens of one prompt, as sample.py makes them
 - batched: `--batch` prompts at a time
+- weights: one vector times every weight matrix, and nothing else: what a token cannot cost less than
 - uncached: each token from a forward pass over the whole text so far, the head at its last position only; every
   `--stride`-th is timed and stands for the ones between. `uncached_all_logits` has the head at every position, as a
   model that returns all logits has it
@@ -71,10 +72,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 def load_models(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """A model for each encoding asked for, random or the run's. Raises UserError."""
-    from checkpoint import load_model
     from config import load_config
-    from errors import UserError
     from model import GPT
+    from system.errors import UserError
+    from training.checkpoint import load_model
 
     longest = max(args.late + NEAR, args.tokens + 1)
     if rest and Path(rest[0]).is_dir():
@@ -99,6 +100,7 @@ def candidates_of(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "early": tokens_at(model, args.early),
         "late": tokens_at(model, args.late),
+        "weights": lambda: read_weights(model),
         "cached": lambda: generate(model, 1, args.tokens),
         "batched": lambda: generate(model, args.batch, args.tokens),
         "uncached": lambda: recompute(model, args.tokens, args.stride, last_only=True),
@@ -110,7 +112,7 @@ def tokens_at(model: Any, position: int) -> Any:
     """Work that decodes NEAR tokens after `position` others; the cache is filled before."""
     import torch
 
-    from kv_cache import KVCache
+    from kernels.kv_cache import KVCache
 
     cache, device = KVCache(), model.wte.weight.device
     model(torch.zeros(1, position, dtype=torch.long, device=device), cache=cache, last_only=True)
@@ -122,6 +124,17 @@ def tokens_at(model: Any, position: int) -> Any:
             model(token, cache=cache)
 
     return work
+
+
+def read_weights(model: Any) -> None:
+    """The matrix-vector products of NEAR tokens."""
+    import torch
+
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)] + [model.wte.weight]
+    vectors = {weight: weight.new_ones(1, 1, weight.size(1)) for weight in matrices}
+    for _ in range(NEAR):
+        for weight in matrices:
+            torch.nn.functional.linear(vectors[weight], weight)
 
 
 def generate(model: Any, batch: int, n_tokens: int) -> None:
@@ -151,14 +164,14 @@ def figures(model: Any, seconds: dict[str, list[float]], args: argparse.Namespac
     scale = args.tokens / len(range(max(1, args.stride // 2), args.tokens + 1, args.stride))
     for name in ("uncached", "uncached_all_logits"):
         seconds[name] = [scale * one for one in seconds[name]]
-    tokens = {"early": NEAR, "late": NEAR, "batched": args.batch * args.tokens}
+    tokens = {"early": NEAR, "late": NEAR, "weights": NEAR, "batched": args.batch * args.tokens}
     result: dict[str, Any] = {name: spread(each, tokens.get(name, args.tokens)) for name, each in seconds.items()}
     weight = 2 if str(dist.dtype) == "torch.bfloat16" else 4
     return result | {
         "encoding": model.cfg.encoding,
         "dtype": str(dist.dtype).removeprefix("torch."),
         "positions": {"early": args.early, "late": args.late},
-        "ms_per_token": {name: round(result[name]["ms_median"] / NEAR, 3) for name in ("early", "late")},
+        "ms_per_token": {name: round(result[name]["ms_median"] / NEAR, 3) for name in ("early", "late", "weights")},
         "late_over_early": speedup(seconds["early"], seconds["late"]),
         "cache_speedup": speedup(seconds["cached"], seconds["uncached"]),
         "cache_speedup_all_logits": speedup(seconds["cached"], seconds["uncached_all_logits"]),
@@ -173,12 +186,13 @@ def describe(result: dict[str, Any]) -> str:
     """The lines for people."""
     at, ms, batch = result["positions"], result["ms_per_token"], result["batch"]
     one, together = result["cached"]["tokens_per_second"], result["batched"]["tokens_per_second"]
-    rate, times, more = result["weight_bytes"] / ms["early"] / 1e6, result["cache_speedup"], result["cache_speedup_all_logits"]
+    times, more = result["cache_speedup"], result["cache_speedup_all_logits"]
+    weights = f"{ms['weights']:.2f} of them the weights at {result['weight_bytes'] / ms['weights'] / 1e6:.1f} GB/s"
     return "\n".join(
         (
             f"{result['encoding']} ({result['dtype']}): {one:.1f} tokens/s; {batch} prompts together {together:.1f}, "
             f"{result['batch_speedup']:.2f} ×",
-            f"  at position {at['early']} {ms['early']:.2f} ms a token, weights at {rate:.1f} GB/s; "
+            f"  at position {at['early']} {ms['early']:.2f} ms a token, {weights}; "
             f"at position {at['late']} {ms['late']:.2f} ms, {result['late_over_early']:.2f} ×",
             f"  {times:.1f} × as fast as without the cache, {more:.1f} × where that has the head at every position",
         )

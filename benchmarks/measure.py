@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from errors import UserError
+from system.errors import UserError
 
 Work = Callable[[], object]
 

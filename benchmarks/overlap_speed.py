@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, grad_accum, load_config
-from errors import UserError
+from system.errors import UserError
 
 Interval = tuple[float, float]
 Event = dict[str, Any]  # of a Chrome trace: name, cat, ph; ts and dur in microseconds
@@ -73,7 +73,7 @@ class Step:
         import torch
 
         from model import GPT
-        from optim import make_optimizer
+        from training.optim import make_optimizer
 
         self.cfg, self.dist, self.bucket_mb = cfg, dist, bucket_mb
         self.model = GPT(cfg).to(dist.device)

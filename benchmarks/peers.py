@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from config import Config
-from errors import UserError
+from system.errors import UserError
 
 FILES = ("model.py", "train_gpt2.py")
 OURS = {"GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"}  # what host.py sets

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from files import atomic_write
+from system.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"

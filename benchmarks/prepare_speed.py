@@ -4,6 +4,7 @@
     python bench.py prepare --source 'texts/*.parquet' --limit_tokens 5_000_000 --rounds 3
 
 - alone: tiktoken's encode_ordinary in one process, document by document, the texts already in memory, the ids thrown away
+- apart-N: N such processes that share nothing, each with every N-th text: what N workers can reach on this machine
 - ours-N: prepare_fineweb.py with N workers: reading, encoding, shards, sha256, fsync
 - pool-N: the recipe of build-nanogpt's fineweb.py, written anew: a multiprocessing pool of N processes encodes a document at
   a time (imap, chunks of 16), the parent copies the ids into a shard's array in memory and saves it with numpy
@@ -60,13 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Time every candidate in every round; returns the JSON fields. Raises UserError."""
-    from errors import UserError
+    from system.errors import UserError
 
     if rest:
         raise UserError(f"{rest[0]}: no such option of bench.py prepare; see --help")
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         job = make_job(args, scratch)
-        candidates = [("alone", 1), *((kind, n) for n in args.workers for kind in ("ours", "pool"))]
+        candidates = [
+            ("alone", 1),
+            *((kind, n) for n in args.workers for kind in ("ours", "pool")),
+            *(("apart", n) for n in args.workers if n > 1),
+        ]
         took: dict[str, list[Took]] = {}
         for number in range(args.rounds):
             first = number % len(candidates)
@@ -107,7 +112,7 @@ def make_job(args: argparse.Namespace, scratch: str) -> Job:
     source = args.source or [write_demo(Path(scratch, "demo.parquet"))]
     n_texts = None
     if args.limit_tokens:
-        from tokenizer import load_tokenizer
+        from text.tokenizer import load_tokenizer
 
         encode, n_texts, tokens = load_tokenizer("gpt2").encode, 0, 0
         for text in texts(source, scratch):
@@ -122,7 +127,7 @@ def write_demo(path: Path) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from corpus import demo_documents
+    from text.corpus import demo_documents
 
     pq.write_table(pa.table({"text": demo_documents() * DEMO_REPEATS}), path)
     return str(path)
@@ -130,8 +135,8 @@ def write_demo(path: Path) -> str:
 
 def texts(source: list[str], scratch: str) -> Iterator[str]:
     """The texts that preparation encodes: documents, and of very long ones the pieces."""
-    from corpus import read_pieces
-    from sources import open_source
+    from text.corpus import read_pieces
+    from text.sources import open_source
 
     opened = open_source(source, Path(scratch, "fetched"))
     for i in range(len(opened.files)):
@@ -147,10 +152,10 @@ def in_a_new_process(kind: str, n: int, job: Job) -> Took:
 
 def candidate(kind: str, n: int, job: Job) -> Took:
     """Run one candidate in this process."""
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     load_tokenizer(job.tokenizer)
-    took = {"alone": alone, "ours": ours, "pool": pooled}[kind](n, job)
+    took = {"alone": alone, "apart": apart, "ours": ours, "pool": pooled}[kind](n, job)
     return took._replace(peak_bytes=took.peak_bytes + peak_bytes(os.getpid()))
 
 
@@ -163,10 +168,34 @@ def peak_bytes(pid: int) -> int:
 
 def alone(_n: int, job: Job) -> Took:
     """encode_ordinary and nothing else."""
-    from tokenizer import load_tokenizer
+    return encode_every(job, 0, 1)
 
-    in_memory = list(islice(texts(job.source, job.scratch), job.n_texts))
+
+def apart(n: int, job: Job) -> Took:
+    """The slowest of `n` processes that begin to encode together, each its share of the texts."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(n)
+    with ProcessPoolExecutor(n, mp_context=context, initializer=_set_ready, initargs=(ready,)) as pool:
+        took = list(pool.map(encode_every, [job] * n, range(n), [n] * n))
+    return Took(max(one.seconds for one in took), sum(one.tokens for one in took), 0)
+
+
+_ready: Any = None
+
+
+def _set_ready(barrier: Any) -> None:
+    global _ready
+    _ready = barrier
+
+
+def encode_every(job: Job, first: int, n: int) -> Took:
+    """encode_ordinary of every `n`-th text from number `first` on, once the other processes have their texts too."""
+    from text.tokenizer import load_tokenizer
+
+    in_memory = list(islice(texts(job.source, job.scratch), first, job.n_texts, n))
     encode: Any = load_tokenizer(job.tokenizer)._tiktoken.encode_ordinary  # type: ignore[attr-defined]
+    if _ready:
+        _ready.wait()
     begin = time.perf_counter()
     tokens = sum(len(encode(text)) for text in in_memory)
     return Took(time.perf_counter() - begin, tokens, 0)
@@ -210,7 +239,7 @@ def document_ids(text: str) -> Any:  # -> np.ndarray
     """What a process of the pool does with a document: (n,) uint16, the end-of-text token first."""
     import numpy as np
 
-    from tokenizer import load_tokenizer
+    from text.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer("gpt2")
     ids = np.array([tokenizer.eot, *tokenizer._tiktoken.encode_ordinary(text)])

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Interleave the candidates; prints and returns milliseconds, GB/s and the distance to a copy of each."""
     from benchmarks.measure import interleave, speedup, spread
     from distributed import pick_device
-    from errors import UserError
+    from system.errors import UserError
 
     if rest:
         raise UserError(f"{rest[0]}: bench.py rotary has no such option; --help lists them")

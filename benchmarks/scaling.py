@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from errors import UserError
+from system.errors import UserError
 
 H100_FLOPS = 989.4e12  # dense bf16 by the data sheet, as distributed.PEAK_TFLOPS has it
 EVALUATION_SET = 100_000_000  # tokens of shard 0, what final_eval_tokens = 0 means with prepare_fineweb.py's defaults

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import overlap_speed
 from benchmarks.scaling import Machine, describe, hours_from, machine_for, predict, render
 from config import Config, load_config
-from files import atomic_write
+from system.files import atomic_write
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/scaling.md"

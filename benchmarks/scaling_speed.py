@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.scaling import Machine, describe, machine_for, predict, render
 from config import load_config
-from errors import UserError
+from system.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

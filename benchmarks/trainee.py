@@ -17,13 +17,13 @@ from config import Config, load_config
 from data import Batches, TokenStream
 from distributed import Distributed
 from eval_ppl import evaluate
-from guard import Guard
 from kernels.attention import chosen
 from model import GPT
-from optim import make_optimizer
-from run import Run
-from shards import write_shard
-from step import update
+from text.shards import write_shard
+from training.guard import Guard
+from training.optim import make_optimizer
+from training.run import Run
+from training.step import update
 
 
 class TimedBatches(Batches):

@@ -79,10 +79,12 @@ def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> T
     losses = []
     for part_mV, targets_m in zip(logits_nV.split(rows), targets_n.split(rows), strict=True):
         z_mV, targets_m1 = part_mV.float(), targets_m[:, None]
+        if not with_grads:
+            losses.append(functional.cross_entropy(z_mV, targets_m, reduction="none"))
+            continue
         p_mV = z_mV.softmax(1)
         # log Σ exp z by the likeliest word, whose probability cannot underflow: the softmax already holds the sum
         lse_m = z_mV.amax(1) - p_mV.amax(1).log()
         losses.append(lse_m - z_mV.gather(1, targets_m1).squeeze(1))
-        if with_grads:
-            part_mV.copy_(p_mV.scatter_add_(1, targets_m1, p_mV.new_full(targets_m1.shape, -1)))
+        part_mV.copy_(p_mV.scatter_add_(1, targets_m1, p_mV.new_full(targets_m1.shape, -1)))
     return torch.cat(losses)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from errors import UserError
 from positional import PositionalEncoding
+from system.errors import UserError
 
 REPLACED = ("coords", "frame", "rotate", "turn", "key_bias", "distance_bias", "bias", "weights")  # by a kernel
 INSTALLED = importlib.util.find_spec("triton") is not None

@@ -16,6 +16,8 @@ from positional.rotary import inverse_frequencies
 class Learned(PositionalEncoding):
     """A learned table of absolute positions, as GPT-2 has (Radford et al. 2019)."""
 
+    beyond = "none: the table ends there, a longer input is refused"
+
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.max_len = cfg.block_size
@@ -30,6 +32,8 @@ class Learned(PositionalEncoding):
 
 class Sinusoidal(PositionalEncoding):
     """Fixed sine and cosine waves added to the embeddings (Vaswani et al., 1706.03762, section 3.5)."""
+
+    beyond = "the waves go on: sums of embedding and position that no layer has seen"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)

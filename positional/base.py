@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class PositionalEncoding(nn.Module):
-    """The interface, and as it stands NoPE: no position at all but the causal mask (Kazemnejad et al., 2305.19466).
+    """NoPE, no position at all but the causal mask (Kazemnejad et al., 2305.19466), and the interface of all encodings.
 
     `cfg` has n_embd, n_head, block_size and the encodings' own options (config.Config).
     """

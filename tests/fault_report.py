@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(f"{held} of {len(rows)} faults held")
     sys.path.insert(0, str(config.rootpath))
     from distributed import pick_device
-    from provenance import device_name, git_version
+    from training.provenance import device_name, git_version
 
     about = {
         "command": shlex.join(["pytest", *config.invocation_params.args]),

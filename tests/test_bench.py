@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.measure import interleave, speedup, spread
 from benchmarks.peers import load_definitions
-from errors import UserError
+from system.errors import UserError
 
 TOY = [
     "--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=4",

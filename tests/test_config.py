@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import Config, grad_accum, load_config, to_toml
-from errors import UserError
 from model import GPT
 from positional import ENCODINGS
+from system.errors import UserError
 
 
 def test_carope_of_head_width_2_starts():

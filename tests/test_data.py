@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from config import Config
 from data import Batches, TokenStream
-from errors import UserError
-from shards import HEADER_BYTES, open_shard, write_shard
+from system.errors import UserError
+from text.shards import HEADER_BYTES, open_shard, write_shard
 
 
 def make_shards(folder, sizes) -> np.ndarray:

@@ -49,3 +49,12 @@ def test_every_option_the_page_names_exists():
 
     for key in re.findall(r"--(\w+_\w+)", PAGE):
         assert key in Config.model_fields or key == "nproc_per_node", key
+
+
+def test_the_table_of_encodings_is_what_the_classes_say():
+    from experiments.encodings_report import render
+    from positional import ENCODINGS
+
+    page = (ROOT / "docs/encodings.md").read_text()
+    assert f"<!-- encodings -->\n{render()}<!-- end -->" in page, "python -m experiments.encodings_report writes it"
+    assert all(f"| `{name}` | " in page for name in ENCODINGS)

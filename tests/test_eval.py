@@ -10,10 +10,10 @@ from conftest import run_command, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_model
 from data import TokenStream
 from distributed import Distributed
 from eval_ppl import Evaluation, evaluate, evaluate_run, render
+from training.checkpoint import load_model
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 

@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT, assert_same_run, logged, records, run_command, start_command, torchrun, wait_until
 from safetensors.torch import load_file
 
-from checkpoint import list_checkpoints, newest_checkpoint
 from config import grad_accum, load_config
-from errors import EXIT_REQUEUE
 from model import GPT, KVCache
+from system.errors import EXIT_REQUEUE
 from train import train
+from training.checkpoint import list_checkpoints, newest_checkpoint
 
 # Shards that do not divide: 321 rows of embeddings on two ranks, CARoPE's one row of W on one of them. Five batches in an
 # evaluation, seven in the last, one window and a part of one among them: the last round has none for rank 1
@@ -191,3 +191,27 @@ def test_the_large_configurations_are_gpt2s(size, shape, total, spelled):
     assert [grad_accum(cfg, n) * n * cfg.micro_batch * 512 for n in (1, 2, 4, 8, 16)] == 5 * [cfg.tokens_per_step]
     done = run_command("train.py", path, "config/rope.toml", "--print_config") if size == "xl" else None
     assert done is None or f'parallel = "{cfg.parallel}"' in done.stdout
+
+
+STARTS = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from distributed import Distributed
+
+def start():
+    with Distributed.start("cpu", "float32", 30) as dist:
+        net = DistributedDataParallel(torch.nn.Linear(2, 2))
+        net(torch.ones(1, 2)).sum().backward()
+        assert dist.gather(dist.rank) == [0, 1]
+
+for _ in range(20):
+    start()
+"""
+
+
+def test_the_ranks_do_not_hang_when_they_part(tmp_path):
+    """Without a reference to the process group that outlives DDP, one start in ten did."""
+    (tmp_path / "starts.py").write_text(STARTS)
+    done = torchrun(2, tmp_path / "starts.py", env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -7,18 +7,17 @@ from conftest import ROOT
 MODULES = {path.stem: [path] for path in ROOT.glob("*.py")}
 MODULES |= {path.parent.name: [*path.parent.glob("*.py")] for path in ROOT.glob("*/__init__.py")}  # a package is one module
 LAYERS = [
-    {"errors", "fsdp", "host", "positional"},
-    {"files", "kernels", "rendezvous", "watchdog"},
-    {"config", "corpus", "launch", "shards", "tokenizer"},
-    {"data", "distributed", "kv_cache", "sources", "optim"},
-    {"model", "provenance", "trackers", "token_stream"},
-    {"checkpoint", "prepare_fineweb"},
-    {"guard", "eval_ppl"},
-    {"run", "step"},
-    {"replay", "sample"},
+    {"positional", "system"},
+    {"kernels"},
+    {"config", "launch", "text"},
+    {"data", "distributed"},
+    {"model"},
+    {"training"},
+    {"eval_ppl", "prepare_fineweb", "sample"},
     {"train"},
     {"benchmarks"},
-    {"bench", "table1"},
+    {"experiments"},
+    {"bench", "lab", "table1"},
 ]
 ON_DEMAND = {"rotary.py", "rotary_tiles.py"}  # kernels/support.py imports these where Triton is there and asked for
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more

@@ -145,7 +145,7 @@ def test_a_step_takes_no_new_memory_from_the_kernel():
     code = """
 import resource, sys
 if sys.argv[1] == "host":
-    import host
+    import system.host
 import torch
 for _ in range(3):
     a = torch.ones(16 << 20); b = a * 2; del a, b
@@ -166,4 +166,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.parametrize("script", ["train", "eval_ppl", "sample", "table1", "bench"])
 def test_commands_set_the_memory_before_torch_comes(script):
     text = (ROOT / f"{script}.py").read_text()
-    assert -1 < text.find("\nimport host") < text.find("import torch") % len(text)
+    assert -1 < text.find("\nimport system.host") < text.find("import torch") % len(text)

@@ -18,11 +18,11 @@ if not HAS_CUDA:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from config import load_config
-from errors import UserError
 from kernels.rotary import Rotation
 from kernels.support import check_kernel, rotation_kernel
 from model import GPT, KVCache
 from positional import ENCODINGS, RoPE
+from system.errors import UserError
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 TURNING = ["rope", "carope", "carope_hidden", "carope_nobias"]

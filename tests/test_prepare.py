@@ -35,10 +35,10 @@ from hub import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import corpus
 import prepare_fineweb
-from errors import UserError
-from tokenizer import load_tokenizer
+from system.errors import UserError
+from text import corpus
+from text.tokenizer import load_tokenizer
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where waiting for the disk is not the test
 TOPICS = sorted(pydoc_data.topics.topics.values())

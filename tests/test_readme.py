@@ -47,17 +47,31 @@ def test_every_command_of_the_readme_runs_at_demo_scale(corpus, tmp_path):
     assert {"prepare_fineweb.py", "train.py", "eval_ppl.py", "sample.py", "table1.py"} <= seen
 
 
-def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class():
-    import positional
+def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class(corpus, tmp_path):
+    """The README's class is trained, evaluated beyond the training length and decoded, and no other file knows it."""
+    import torch
 
-    names = dict(vars(positional))
+    from distributed import Distributed
+    from eval_ppl import evaluate_run
+    from positional import ENCODINGS
+    from train import train
+
+    names: dict = {}
     try:
         for block in CODE["python"]:
             exec(block, names)
         assert names["model"].cfg.n_layer == 4
-        names["GPT"](names["load_config"](["config/demo.toml", "--encoding=half_rope"]))
+        cfg = names["load_config"]([*SCALE, "--encoding=half_rope", f"--data={corpus}", f"--out_dir={tmp_path}", "--name=half"])
+        train(cfg)
+        with Distributed.start("cpu") as dist:
+            results = evaluate_run(tmp_path / "half", [32, 128], dist, max_tokens=1000)
+        assert [(r["encoding"], r["tokens"]) for r in results] == [("half_rope", 1000)] * 2
+        model, idx = names["GPT"](cfg), torch.arange(8)[None]
+        new = torch.stack(list(model.generate(idx, 40, n_vocab=257, temperature=0)), dim=1)
+        every = torch.cat((idx, new), dim=1)
+        assert torch.equal(model(every)[:, 7:-1, :257].argmax(-1), new)
     finally:
-        positional.ENCODINGS.pop("half_rope", None)
+        ENCODINGS.pop("half_rope", None)
 
 
 def test_the_papers_numbers_are_those_of_table1():

@@ -6,10 +6,10 @@ import torch
 from test_positional import build, tokens
 
 from config import load_config
-from errors import UserError
 from kernels.support import rotation_kernel
 from model import GPT
 from positional import ENCODINGS
+from system.errors import UserError
 
 CAROPE = sorted(name for name in ENCODINGS if name.startswith("carope"))
 

@@ -29,9 +29,9 @@ from benchmarks.scaling import (
     summary,
 )
 from config import load_config
-from errors import UserError
 from model import GPT
 from positional import ENCODINGS
+from system.errors import UserError
 
 SMALL = load_config([str(ROOT / "config/small.toml")])
 TINY = load_config([str(ROOT / "config/tiny.toml")])

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UserError
-from files import atomic_write, sha256_file, write_json
-from shards import MANIFEST, ShardWriter, find_shards, open_shard, read_manifest, write_shard
+from system.errors import UserError
+from system.files import atomic_write, sha256_file, write_json
+from text.shards import MANIFEST, ShardWriter, find_shards, open_shard, read_manifest, write_shard
 
 ROOT = Path(__file__).parent.parent
 

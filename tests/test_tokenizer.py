@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import UserError
-from tokenizer import TOKENIZERS, load_tokenizer, repair_surrogates
+from system.errors import UserError
+from text.tokenizer import TOKENIZERS, load_tokenizer, repair_surrogates
 
 ROOT = Path(__file__).parent.parent
 names = pytest.mark.parametrize("name", TOKENIZERS)
@@ -83,7 +83,7 @@ ENCODE = """
 import socket
 def refuse(*args, **kwargs): raise OSError("no network in this test")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 print(load_tokenizer("gpt2").encode("Hello world").tolist())
 """
 

@@ -11,13 +11,13 @@ import torch
 from conftest import assert_same_run, records, run_command, torchrun
 from safetensors.torch import load_file
 
-from checkpoint import list_checkpoints, newest_checkpoint
 from config import load_config
-from errors import UserError
 from model import GPT
-from optim import learning_rate, make_optimizer
 from positional import ENCODINGS
+from system.errors import UserError
 from train import train
+from training.checkpoint import list_checkpoints, newest_checkpoint
+from training.optim import learning_rate, make_optimizer
 
 WORDS = ["--encoding=carope", "--name=r"]
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from filler import fill
 
 import prepare_fineweb
-import token_stream
+from text import token_stream
 
 begin = token_stream.ShardWriter.__init__
 

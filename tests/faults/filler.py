@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import checkpoint
 import train
+from training import checkpoint
 
 write = checkpoint.write_checkpoint
 

@@ -15,8 +15,8 @@ import torch
 
 import data
 import train
-from errors import command
 from model import GPT
+from system.errors import command
 
 WHAT, RANK, STEP, MICRO = (*os.environ["INJECT"].split(), "0", "0", "0")[:4]
 FIRST_START = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"

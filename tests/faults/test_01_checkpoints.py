@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import assert_same_run, records, run_command, spread, start_command, wait_until
 
-import checkpoint
-from checkpoint import CheckpointWriter, State, list_checkpoints, newest_checkpoint
 from config import load_config
-from errors import UserError
 from model import GPT
-from optim import make_optimizer
+from system.errors import UserError
 from train import train
+from training import checkpoint
+from training.checkpoint import CheckpointWriter, State, list_checkpoints, newest_checkpoint
+from training.optim import make_optimizer
 
 WORDS = ["--encoding=carope", "--name=r"]
 BIG = ["--n_embd=256", "--n_layer=4", "--micro_batch=1", "--tokens_per_step=32"]  # 40 MB: writing takes long enough to be hit

@@ -9,8 +9,8 @@ import pytest
 from conftest import assert_same_run, logged, records, run_command, start_command, wait_until
 
 from config import load_config
-from trackers import wandb_history
 from train import train
+from training.trackers import wandb_history
 
 WORDS = ["--encoding=carope"]
 ONE = {"OMP_NUM_THREADS": "1"}

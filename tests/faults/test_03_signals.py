@@ -9,8 +9,8 @@ import psutil
 import pytest
 from conftest import assert_same_run, logged, records, run_command, start_command, wait_until
 
-from checkpoint import newest_checkpoint
-from errors import EXIT_REQUEUE
+from system.errors import EXIT_REQUEUE
+from training.checkpoint import newest_checkpoint
 
 WORDS = ["--encoding=carope", "--name=r", "--steps=100000", "--save_every=100000", "--eval_every=100000"]
 LAUNCHERS = {"alone": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"], "launch.py": ["launch.py"]}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import assert_same_run, newest_sums, run_command, spread, start_command
 
-from checkpoint import list_checkpoints
+from training.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3000)]
 KILLS = 25

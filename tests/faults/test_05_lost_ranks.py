@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_same_run, run_command
 
-from errors import EXIT_LOST_RANK
+from system.errors import EXIT_LOST_RANK
 
 INJECT = Path(__file__).with_name("inject.py")
 WORDS = ["--encoding=carope", "--save_every=2"]

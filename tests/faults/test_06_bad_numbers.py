@@ -10,12 +10,12 @@ import torch
 from conftest import newest_sums, records, run_command
 from safetensors.torch import load_file
 
-from checkpoint import list_checkpoints, newest_checkpoint
 from config import load_config
-from errors import UserError
-from guard import Guard
 from model import GPT
+from system.errors import UserError
 from train import train
+from training.checkpoint import list_checkpoints, newest_checkpoint
+from training.guard import Guard
 
 INJECT = Path(__file__).with_name("inject.py")
 WORDS = ["--encoding=carope", "--name=r", "--save_every=2"]

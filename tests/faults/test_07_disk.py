@@ -11,10 +11,10 @@ import pytest
 from conftest import assert_same_run, run_command
 from filler import fill
 
-from checkpoint import newest_checkpoint
 from config import load_config
-from errors import UserError
+from system.errors import UserError
 from train import train
+from training.checkpoint import newest_checkpoint
 
 FILLER = Path(__file__).with_name("filler.py")
 WORDS = ["--encoding=carope", "--name=r"]
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(fault, small, tmp_path, ranks)
 
 def test_a_disk_that_is_too_small_is_seen_before(fault, small, tmp_path, monkeypatch):
     happened = fault("space for two checkpoints where four are needed")
-    import checkpoint
+    from training import checkpoint
 
     monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 1_000_000)
     with pytest.raises(UserError) as error:

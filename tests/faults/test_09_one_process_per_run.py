@@ -6,11 +6,11 @@ import signal
 import pytest
 from conftest import logged, run_command, start_command, wait_until
 
-import run as run_module
-from checkpoint import list_checkpoints
 from config import load_config
-from errors import UserError
+from system.errors import UserError
 from train import train
+from training import run as run_module
+from training.checkpoint import list_checkpoints
 
 
 def starts(run) -> int:
@@ -64,7 +64,7 @@ def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from files import locked
+from system.files import locked
 with locked(Path(sys.argv[1])):
     (Path(sys.argv[1]) / "held").touch()
     time.sleep(9)

@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 
 import eval_ppl
 import sample
-from checkpoint import MODEL, OPTIMIZER, STATE, load_model, sealed
 from config import load_config
 from data import TokenStream
 from distributed import Distributed
-from errors import UserError
 from eval_ppl import evaluate_run
-from files import LOCK
 from prepare_fineweb import Job, prepare
-from shards import HEADER_BYTES, MANIFEST, write_shard
-from sources import open_source
-from token_stream import PROGRESS
+from system.errors import UserError
+from system.files import LOCK
+from text.shards import HEADER_BYTES, MANIFEST, write_shard
+from text.sources import open_source
+from text.token_stream import PROGRESS
 from train import train
+from training.checkpoint import MODEL, OPTIMIZER, STATE, load_model, sealed
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 NEWEST = "r/checkpoints/step_000004"

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from hub import COMMIT, FOLDER, REPO, Fault, contents, hub_reference, read_shards, run, serving, start, wait_for
 
-from token_stream import PROGRESS
+from text.token_stream import PROGRESS
 
 SIZES = ("--tokenizer", "bytes", "--val_tokens", "100_000", "--shard_tokens", "200_000", "--workers", "1")
 NAMES = [f"{FOLDER}/00{i}_00000.parquet" for i in range(3)]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from errors import UserError
+from system.errors import UserError
 
 TOKENIZERS = ("gpt2", "bytes")
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"

@@ -20,9 +20,9 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from corpus import SUFFIX, demo_documents, one_line, stdlib_files, text_bytes
-from errors import UserError
-from files import sha256_file
+from system.errors import UserError
+from system.files import sha256_file
+from text.corpus import SUFFIX, demo_documents, one_line, stdlib_files, text_bytes
 
 T = TypeVar("T")
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+?))?/*")

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from errors import UserError
+from system.errors import UserError
 
 LOCK = ".lock"
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from config import Config
-from errors import UserError
+from system.errors import UserError
 
 
 class Tracker(Protocol):

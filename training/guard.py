@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import list_checkpoints
 from config import Config
 from data import Batches
 from distributed import Distributed
-from errors import UserError
-from fsdp import own_gradients
+from system.errors import UserError
+from system.fsdp import own_gradients
+from training.checkpoint import list_checkpoints
 
 WINDOW, LEAST = 128, 32  # steps that the median is taken over; below the least nothing is called a jump
 SIGMA_FLOOR = 0.01  # one percent: a loss that hardly moves must not make every wiggle a jump

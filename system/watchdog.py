@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
-from errors import EXIT_LOST_RANK, EXIT_REQUEUE
+from system.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
 BEAT_S = 0.5
 PARENT = "CAROPE_PARENT"  # in the environment: the process that starts this one and should not be outlived

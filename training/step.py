@@ -7,8 +7,8 @@ from torch.optim import Optimizer
 from config import Config
 from data import Batches
 from distributed import Distributed
-from guard import Guard
-from optim import clip_, set_lr
+from training.guard import Guard
+from training.optim import clip_, set_lr
 
 
 def update(

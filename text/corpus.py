@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError
+from system.errors import UserError
 
 PIECE_CHARS = 1 << 18  # longer documents are cut
 PARQUET_BATCH_BYTES = 4 << 20  # text decoded at a time

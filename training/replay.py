@@ -8,11 +8,11 @@ goes to the newest checkpoint at or before the step, takes the steps between, an
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint import State, newest_checkpoint
-from errors import UserError
-from guard import MicroStep, inspect_step
 from model import GPT
-from run import Run
+from system.errors import UserError
+from training.checkpoint import State, newest_checkpoint
+from training.guard import MicroStep, inspect_step
+from training.run import Run
 
 
 class Replay(Run):

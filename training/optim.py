@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from config import Config
-from fsdp import whole
+from system.fsdp import whole
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:

@@ -17,12 +17,12 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from corpus import Piece, read_pieces
-from errors import UserError
-from files import write_json
-from shards import HEADER_BYTES, MANIFEST, ShardEntry, ShardWriter, first_error, read_manifest
-from sources import Source
-from tokenizer import Tokenizer
+from system.errors import UserError
+from system.files import write_json
+from text.corpus import Piece, read_pieces
+from text.shards import HEADER_BYTES, MANIFEST, ShardEntry, ShardWriter, first_error, read_manifest
+from text.sources import Source
+from text.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 18  # text encoded at a time by one worker
 PROGRESS = ".progress.json"

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, rendezvous
 
-from errors import UserError
+from system.errors import UserError
 
 POLL_S = 0.02
 START, PREFIX = "carope/start", "carope/"

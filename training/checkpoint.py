@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 
 from config import Config
 from data import ShardRecord
-from errors import UserError
-from files import fsync_folder, sha256_file
-from fsdp import cut, gather, is_sharded
 from model import GPT
-from shards import first_error
+from system.errors import UserError
+from system.files import fsync_folder, sha256_file
+from system.fsdp import cut, gather, is_sharded
+from text.shards import first_error
 
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

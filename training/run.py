@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from checkpoint import (
+from config import FREE_ON_RESUME, Config, to_toml
+from data import TokenStream, check_unchanged
+from distributed import Distributed
+from model import GPT
+from system.errors import EXIT_REQUEUE, UserError
+from system.files import atomic_write, locked, write_json
+from training.checkpoint import (
     CheckpointWriter,
     State,
     check_space,
@@ -27,15 +33,9 @@ from checkpoint import (
     newest_checkpoint,
     set_aside_newer,
 )
-from config import FREE_ON_RESUME, Config, to_toml
-from data import TokenStream, check_unchanged
-from distributed import Distributed
-from errors import EXIT_REQUEUE, UserError
-from files import atomic_write, locked, write_json
-from guard import Guard
-from model import GPT
-from provenance import environment, git_version
-from trackers import Progress, Tracker, make_trackers
+from training.guard import Guard
+from training.provenance import environment, git_version
+from training.trackers import Progress, Tracker, make_trackers
 
 LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns with the last

@@ -1,0 +1,173 @@
+"""What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure."""
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.plan import Entry, read_results
+from positional import ENCODINGS
+from system.files import atomic_write
+from training.provenance import git_version
+
+STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
+TITLES = {
+    "base": "none", "additive": "added to embeddings", "rotary": "rotary", "carope": "context-aware rotary",
+    "bias": "bias by distance", "context": "bias by content", "weighted": "other", "path": "other",
+}  # fmt: skip
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; of a single value the error is unknown."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def collect(entries: Sequence[Entry], lengths: Sequence[int], max_tokens: int) -> dict[str, Any]:
+    """All that is finished: `runs`, a record per run and length; `summary`, one per encoding and length; provenance.
+
+    In the summary `perplexity` and `nll` (nats) are means over `n` seeds, `…_stderr` their standard errors. `nll_difference` is
+    to the baseline, the first entry's encoding, with the same seed. Lengths without positions have null for all.
+    """
+    runs = []
+    for entry in entries:
+        for result in read_results(entry.cfg.folder / "eval.json"):
+            if entry.finished_now() and result["length"] in lengths and result["max_tokens"] == max_tokens:
+                kept = ("length", "perplexity", "nll", "stderr", "tokens", "step", "n_params", "dtype", "git")
+                runs.append({"encoding": entry.variant, "seed": entry.cfg.seed} | {key: result[key] for key in kept})
+    baseline = entries[0].variant
+    cfg = entries[0].cfg
+    own = ("name", "seed", "encoding")
+    return {
+        "baseline": baseline,
+        "config": {key: value for key, value in cfg.model_dump().items() if key not in own},
+        "train_tokens": cfg.steps * cfg.tokens_per_step,
+        "machine": machine(entries),
+        "git": git_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "summary": summarize(runs, baseline),
+        "runs": runs,
+    }
+
+
+def machine(entries: Sequence[Entry]) -> list[str]:
+    """The devices that the runs name in their env.json."""
+    found = {}
+    for entry in entries:
+        path = entry.cfg.folder / "env.json"
+        if path.exists():
+            starts = json.loads(path.read_text())
+            for start in starts if isinstance(starts, list) else [starts]:
+                found[f"{start['world_size']} × {start['device']}, {start['threads']} threads"] = True
+    return list(found)
+
+
+def summarize(runs: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """One record per encoding and length, over the seeds there are."""
+    at = {(r["encoding"], r["length"], r["seed"]): r for r in runs}
+    summary = []
+    for encoding, length in dict.fromkeys((r["encoding"], r["length"]) for r in runs):
+        mine = [r for (e, n, _), r in at.items() if (e, n) == (encoding, length) and r["nll"] is not None]
+        record: dict[str, Any] = {"encoding": encoding, "length": length, "n": len(mine)}
+        pairs = [r["nll"] - other["nll"] for r in mine if (other := at.get((baseline, length, r["seed"]))) and other["nll"]]
+        columns = {
+            "perplexity": [r["perplexity"] for r in mine],
+            "nll": [r["nll"] for r in mine],
+            "nll_difference": pairs,
+        }
+        for key, values in columns.items():
+            record[key], record[f"{key}_stderr"] = mean_and_error(values) if values else (None, None)
+        summary.append(record)
+    return summary
+
+
+def render(found: dict[str, Any]) -> str:
+    """Two Markdown tables, a row per encoding, a column per length: perplexity, and the difference to the baseline."""
+    lengths = list(dict.fromkeys(r["length"] for r in found["summary"]))
+    parts = []
+    for title, key, digits in (
+        ("perplexity", "perplexity", 2),
+        (f"nats per token more than {found['baseline']}, same seed", "nll_difference", 4),
+    ):
+        lines = [f"| {title} | {' | '.join(map(str, lengths))} | n |", "|---|" + "---:|" * (len(lengths) + 1)]
+        for encoding in dict.fromkeys(r["encoding"] for r in found["summary"]):
+            row = {r["length"]: r for r in found["summary"] if r["encoding"] == encoding}
+            cells = [cell(row[n], key, digits) if n in row else "–" for n in lengths]
+            if key == "nll_difference" and encoding == found["baseline"]:
+                continue
+            lines.append(f"| {encoding} | {' | '.join(cells)} | {max(r['n'] for r in row.values())} |")
+        parts.append("\n".join(lines) + "\n")
+    tokens = max((r["tokens"] or 0 for r in found["runs"]), default=0)
+    parts.append(
+        f"Mean ± standard error over n seeds; {found['train_tokens']:,} training tokens at length "
+        f"{found['config']['block_size']}, evaluated on the same {tokens:,} tokens at every length.\n"
+    )
+    return "\n".join(parts)
+
+
+def cell(record: dict[str, Any], key: str, digits: int) -> str:
+    """Mean ± standard error."""
+    if record[key] is None:
+        return "–"
+    sign = "+" if key == "nll_difference" else ""
+    error = record[f"{key}_stderr"]
+    return f"{record[key]:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Perplexity against length, a panel per family, the baseline in each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    families: dict[str, list[str]] = {}
+    for encoding in dict.fromkeys(r["encoding"] for r in found["summary"]):
+        families.setdefault(family(encoding), []).append(encoding)
+    lengths = sorted({r["length"] for r in found["summary"]})
+    columns = min(3, len(families))
+    rows = math.ceil(len(families) / columns)
+    size = (4.2 * columns, 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True)
+    for axis in axes.flat[len(families) :]:
+        axis.set_visible(False)
+    for axis, (title, encodings) in zip(axes.flat, families.items(), strict=False):
+        for i, encoding in enumerate(dict.fromkeys([found["baseline"], *encodings])):
+            points = [r for r in found["summary"] if r["encoding"] == encoding and r["perplexity"]]
+            marker, line = STYLES[i % len(STYLES)]
+            base = encoding == found["baseline"]
+            axis.errorbar(
+                [r["length"] for r in points],
+                [r["perplexity"] for r in points],
+                [r["perplexity_stderr"] or 0 for r in points],
+                marker=marker, linestyle=line, capsize=2, markersize=4, color="0.6" if base else None,
+                linewidth=3 if base else 1.4, zorder=1 if base else 2, label=f"{encoding} (baseline)" if base else encoding,
+            )  # fmt: skip
+        axis.axvline(found["config"]["block_size"], color="0.8", linestyle=":", zorder=0)
+        axis.set(xscale="log", yscale="log", title=title, xticks=lengths)
+        axis.set_xticklabels(lengths)
+        axis.xaxis.minorticks_off()
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(ScalarFormatter())
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel(f"length, tokens (trained at {found['config']['block_size']})")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("perplexity")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    plt.close(figure)
+
+
+def family(encoding: str) -> str:
+    """The family of an encoding, or of the encoding that a configuration of another name is a variant of."""
+    module = ENCODINGS[encoding].__module__.rpartition(".")[2] if encoding in ENCODINGS else "other"
+    return TITLES.get(module, "other")

@@ -1,0 +1,114 @@
+"""The plan of a set of runs: which are there, which are unfinished, and how long the rest takes."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scaling import hours_from, summary
+from config import Config, load_config
+from system.errors import UserError
+from training.checkpoint import newest_checkpoint
+from training.run import check_same
+
+ROOT = Path(__file__).parent.parent
+H100S = 2  # the paper's, for the hours of runs whose speed nobody measured yet
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of the plan: a size and a variant of it, each a config file, the words that make its config, how far it is."""
+
+    size: str
+    variant: str
+    words: tuple[str, ...]
+    cfg: Config
+    step: int
+    finished: bool = False
+    conflict: str | None = None  # why the run in its folder is another one
+
+    def finished_now(self) -> bool:
+        """Whether it is finished by now, however far it was when the plan was made."""
+        return self.finished or bool((found := newest_checkpoint(self.cfg.folder)) and found[1].finished)
+
+    @property
+    def tokens_left(self) -> int:
+        return (self.cfg.steps - self.step) * self.cfg.tokens_per_step
+
+    @property
+    def status(self) -> str:
+        if self.conflict:
+            return "another run"
+        if self.finished:
+            return "finished"
+        return f"at step {self.step:,}" if self.step else "missing"
+
+
+def find(base: str | Path, variant: str, overrides: list[str]) -> Entry:
+    """The run of the config file `base` under config/VARIANT.toml. Raises UserError for a configuration that cannot be."""
+    words = (str(base), str(ROOT / f"config/{variant}.toml"), *overrides)
+    cfg = load_config(words)
+    found = newest_checkpoint(cfg.folder)
+    step, finished, conflict = (found[1].step, found[1].finished, None) if found else (0, False, None)
+    try:
+        if found:
+            check_same(found[1], cfg, {})
+    except UserError as error:
+        step, finished, conflict = 0, False, str(error)
+    return Entry(Path(base).stem, variant, words, cfg, step, finished, conflict)
+
+
+def measured_rate(entry: Entry) -> float | None:
+    """Median tokens/s in the log of the entry's run; None where it has none."""
+    log = entry.cfg.folder / "log.jsonl"
+    if entry.conflict or not log.exists():
+        return None
+    records = (json.loads(line) for line in log.read_text().splitlines())
+    rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    return statistics.median(rates) if rates else None
+
+
+def hours_left(entries: list[Entry]) -> list[tuple[float | None, bool]]:
+    """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size.
+
+    Where there is none, they are those that benchmarks/scaling.py predicts; None where it cannot.
+    """
+    rates = [measured_rate(entry) for entry in entries]
+    hours: list[tuple[float | None, bool]] = []
+    for entry, rate in zip(entries, rates, strict=True):
+        same_size = [r for e, r in zip(entries, rates, strict=True) if r and e.size == entry.size]
+        rate = rate or (statistics.median(same_size) if same_size else None)
+        hours.append((entry.tokens_left / rate / 3600, True) if rate else (hours_from(entry.cfg, entry.step, H100S), False))
+    return hours
+
+
+def show_plan(entries: list[Entry]) -> None:
+    """Print what is there and what is left."""
+    width = max(24, *(len(entry.cfg.name) + 2 for entry in entries))
+    print(f"{'run':{width}}{'status':>16}{'tokens left':>18}{'hours':>10}")
+    hours = hours_left(entries)
+    for entry, (time, measured) in zip(entries, hours, strict=True):
+        shown = "–" if time is None else f"{time:.1f}"
+        print(f"{entry.cfg.name:{width}}{entry.status:>16}{entry.tokens_left:>18,}{shown:>9}{' ' if measured else '*'}")
+    total = sum(time or 0 for time, _ in hours)
+    print(f"{'together':{width}}{'':16}{sum(e.tokens_left for e in entries):>18,}{total:>9.1f}")
+    if guessed := [(e.cfg, e.step) for e, (_, measured) in zip(entries, hours, strict=True) if not measured]:
+        print(f"* predicted for {H100S} GPUs (docs/scaling.md); the speed of this machine is known after the first steps")
+        print(summary(guessed))
+    for conflict in filter(None, (entry.conflict for entry in entries)):
+        print(conflict)
+
+
+def refuse_conflicts(entries: list[Entry]) -> None:
+    """Raise UserError where the folder of an entry holds another run."""
+    if conflict := next((entry.conflict for entry in entries if entry.conflict), None):
+        raise UserError(conflict)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """What eval_ppl.py wrote, or nothing where it has not or not in this form."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,121 @@
+"""Compare positional encodings: a grid of encodings × seeds, evaluated at several lengths, mean ± standard error.
+
+    python lab.py --dry_run                                  # what is there, what is left
+    python lab.py --jobs 2                                   # config/lab.toml on two CPU cores: two runs at a time, a core each
+    python lab.py config/tiny.toml --encodings rope carope --lengths 512 1024 2048 --minutes 9 --steps=400
+
+A run is the base configuration under config/ENCODING.toml with a seed; any --key=value goes to every run. Started again, by
+hand or after --minutes, it goes on where it was. The seed decides the initial weights; all runs read the same tokens in the
+same order, so differences to the baseline (the first encoding) are taken seed by seed. Writes lab.json, lab.md and lab.png.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import system.host  # noqa: F401  before torch, which reads what it sets
+from experiments.jobs import Job, run_all
+from experiments.lab_report import collect, draw, render
+from experiments.plan import Entry, find, read_results, refuse_conflicts, show_plan
+from system.errors import EXIT_REQUEUE, UserError, command
+from system.files import atomic_write, write_json
+
+DEFAULT = [
+    "rope", "carope", "carope_hidden", "carope_nobias", "carope_scalar", "nope", "learned", "sinusoidal", "alibi", "t5",
+    "kerple", "fire", "cable", "fox", "partial_rope", "xpos", "rope_bf16pos", "carope_per_layer", "carope_hidden_shared",
+]  # fmt: skip
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what is left of it for the configuration."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("base", nargs="?", default="config/lab.toml", metavar="CONFIG.toml", help="[default: config/lab.toml]")
+    add("--encodings", nargs="+", default=DEFAULT, help=f"files in config/, the baseline first [default: {' '.join(DEFAULT)}]")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="[default: 1 2 3]")
+    add("--lengths", nargs="+", type=int, metavar="T", help="evaluation lengths [default: 1, 2, 4 and 8 training lengths]")
+    add("--max_tokens", "--max-tokens", type=int, default=65_536, help="tokens of an evaluation, 0 is all [default: 65,536]")
+    add("--jobs", type=int, default=1, help="runs at a time; on a CPU they share its cores [default: 1]")
+    add("--minutes", type=float, default=0, help="stop after so long, in order; 0 is never [default: 0]")
+    add("--json", metavar="FILE", help="[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike")
+    add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
+    args, rest = parser.parse_known_args()
+    for flag, least, values in (("jobs", 1, [args.jobs]), ("minutes", 0, [args.minutes]), ("max_tokens", 0, [args.max_tokens]),
+                                ("lengths", 1, args.lengths or [1]), ("seeds", 0, args.seeds)):  # fmt: skip
+        if not min(values) >= least:
+            raise UserError(f"--{flag} = {min(values)}: must be at least {least}")
+    return args, [word for word in rest if word != "--"]
+
+
+def plan(args: argparse.Namespace, overrides: list[str]) -> list[Entry]:
+    """An entry per seed and encoding, the first seed of all encodings first. Raises UserError as configurations do."""
+    if bad := next((word for word in overrides if word.partition("=")[0] in ("--name", "--seed", "--encoding")), None):
+        raise UserError(f"{bad}: lab.py gives its runs their names, seeds and encodings; see --seeds and --encodings")
+    stem = Path(args.base).stem
+    return [
+        find(args.base, encoding, [*overrides, f"--seed={seed}", f"--name={stem}-{encoding}-s{seed}"])
+        for seed in dict.fromkeys(args.seeds)
+        for encoding in dict.fromkeys(args.encodings)
+    ]
+
+
+def to_do(entry: Entry, args: argparse.Namespace) -> list[list[str]]:
+    """The scripts that the run still needs: training, evaluation, both or none."""
+    scripts = [] if entry.finished else [["train.py", *entry.words]]
+    path = entry.cfg.folder / "eval.json"
+    have = {(r["length"], r["step"], r["max_tokens"]) for r in read_results(path)}
+    if not {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths} <= have:
+        words = ["--lengths", *map(str, args.lengths), "--max_tokens", str(args.max_tokens), "--json", str(path)]
+        scripts.append(["eval_ppl.py", str(entry.cfg.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device])
+    return scripts
+
+
+def report(entries: list[Entry], args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Write what is known so far: JSON, Markdown, figure; returns what went into the JSON."""
+    found = collect(entries, args.lengths, args.max_tokens)
+    write_json(out, found)
+    with atomic_write(out.with_suffix(".md"), "w") as file:
+        file.write(render(found))
+    if found["summary"]:
+        draw(found, out.with_suffix(".png"))
+    return found
+
+
+@command
+def main() -> None:
+    """Show the plan; unless it is a dry run, do what is left of it, as far as --minutes go, and report."""
+    args, overrides = parse_args()
+    entries = plan(args, overrides)
+    args.lengths = args.lengths or [entries[0].cfg.block_size * n for n in (1, 2, 4, 8)]
+    show_plan(entries)
+    if args.dry_run:
+        return
+    refuse_conflicts(entries)
+    out = Path(args.json or Path(entries[0].cfg.out_dir) / "lab.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = [(e, scripts) for e in entries if (scripts := to_do(e, args))]
+    jobs = [Job(e.cfg.name, scripts, e.cfg.folder.parent / f"{e.cfg.name}.txt") for e, scripts in work]
+    count = len(entries) - len(jobs)
+
+    def done(job: Job) -> None:
+        nonlocal count
+        count += 1
+        results = read_results(Path(entries[0].cfg.out_dir) / job.name / "eval.json")
+        cells = ", ".join(f"{r['length']}: {r['perplexity']:.3f}" for r in results if r["perplexity"])
+        print(f"[{count}/{len(entries)}] {job.name}: {cells} ({time.monotonic() - job.began:.0f} s)", flush=True)
+        report(entries, args, out)
+
+    threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else 0
+    complete = run_all(jobs, args.jobs, threads, 60 * args.minutes, done)
+    print(f"\n{render(report(entries, args, out))}\n{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}")
+    if not complete:
+        print(f"time is up with {len(entries) - count} of {len(entries)} runs left; the same command goes on")
+        raise SystemExit(EXIT_REQUEUE)
+
+
+if __name__ == "__main__":
+    main()

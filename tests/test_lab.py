@@ -1,0 +1,108 @@
+"""The laboratory: grid, restart, time limit, means and paired differences, table and figure."""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+
+import lab
+from experiments.lab_report import mean_and_error, render, summarize
+from system.errors import EXIT_REQUEUE, UserError
+
+SCALE = [
+    "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
+    "--micro_batch=4", "--tokens_per_step=256", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(corpus, tmp_path) -> list[str]:
+    """Two runs that take seconds."""
+    grid = ["--encodings", "rope", "learned", "--seeds", "2", "--lengths", "64", "128", "--max_tokens", "2000"]
+    return ["lab.py", *grid, f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
+
+
+def test_a_grid_two_runs_at_a_time_its_report_and_its_restart(words, tmp_path):
+    done = run_command(*words, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "lab.json").read_text())
+    assert {(r["encoding"], r["seed"], r["length"]) for r in found["runs"]} == {
+        (encoding, 2, length) for encoding in ("rope", "learned") for length in (64, 128)
+    }
+    for encoding in ("rope", "learned"):
+        own = json.loads((tmp_path / f"lab-{encoding}-s2/eval.json").read_text())
+        mine = [r for r in found["runs"] if r["encoding"] == encoding]
+        assert [r["perplexity"] for r in mine] == [r["perplexity"] for r in own]
+        assert json.loads((tmp_path / f"lab-{encoding}-s2/eval.json").read_text())[0]["tokens"] == 2000
+    table = (tmp_path / "lab.md").read_text()
+    assert table == render(found) and table in done.stdout and "| learned | " in table
+    assert (tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "lab.png").stat().st_size > 10_000
+    assert found["baseline"] == "rope" and found["train_tokens"] == 1024 and found["config"]["n_embd"] == 16
+
+    runs = [path for path in tmp_path.glob("lab-*/**/*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    again = run_command(*words)
+    assert again.returncode == 0 and again.stdout.count("finished") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in runs}
+    assert json.loads((tmp_path / "lab.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp_path):
+    words = [*words, "--steps=3000", "--eval_every=3000", "--warmup_steps=0", "--save_every=3000"]
+    done = run_command(*words, "--minutes", "0.4")
+    assert done.returncode == EXIT_REQUEUE and "the same command goes on" in done.stdout, done.stderr
+    at = json.loads(next((tmp_path / "lab-rope-s2/checkpoints").glob("step_*/state.json")).read_text())["step"]
+    assert 0 < at < 3000
+    for _ in range(20):
+        if run_command(*words, "--minutes", "0.5").returncode == 0:
+            break
+    steps = [json.loads(line)["step"] for line in (tmp_path / "lab-rope-s2/log.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(3001))
+    assert len(json.loads((tmp_path / "lab.json").read_text())["runs"]) == 4
+
+
+def test_a_run_that_fails_is_named_with_what_it_said(words, tmp_path):
+    done = run_command(*words, "--kernel=triton", env={"TRITON_INTERPRET": "0"})
+    assert done.returncode == 2 and "lab-rope-s2: failed" in done.stderr and "kernel" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name=x"], "lab.py gives its runs their names"),
+        (["--seed=3"], "see --seeds"),
+        (["--encodings", "rop"], "config/rop.toml"),
+        (["--jobs", "0"], "--jobs = 0: must be at least 1"),
+        (["--minutes", "-1"], "--minutes = -1.0: must be at least 0"),
+        (["--minutes", "nan"], "--minutes = nan"),
+        (["--lengths", "0"], "--lengths = 0"),
+        (["config/nowhere.toml"], "config/nowhere.toml"),
+        (["--stepz=3"], "did you mean --steps"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lab.py", *words])
+    with pytest.raises(UserError, match=message) as caught:
+        lab.plan(*lab.parse_args())
+    assert "\n" not in str(caught.value)
+
+
+def test_every_encoding_of_the_default_grid_has_its_config():
+    assert all(Path(f"config/{name}.toml").exists() for name in lab.DEFAULT) and len(set(lab.DEFAULT)) == len(lab.DEFAULT)
+
+
+def test_means_errors_and_differences_within_a_seed():
+    nll = {("a", 1): 1.0, ("a", 2): 1.4, ("b", 1): 1.1, ("b", 2): 1.6, ("c", 1): None}
+    runs = [{"encoding": e, "seed": s, "length": 64, "nll": x, "perplexity": x and math.exp(x)} for (e, s), x in nll.items()]
+    a, b, c = summarize(runs, "a")
+    assert (a["nll"], a["n"], a["nll_difference"]) == (pytest.approx(1.2), 2, 0)
+    assert b["nll_difference"] == pytest.approx(0.15) and b["nll_difference_stderr"] == pytest.approx(0.05)
+    assert a["nll_stderr"] == pytest.approx(statistics.stdev([1.0, 1.4]) / math.sqrt(2))
+    assert (c["n"], c["perplexity"], c["nll_difference"]) == (0, None, None)
+    assert mean_and_error([3.0]) == (3.0, None)
