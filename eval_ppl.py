@@ -2,6 +2,7 @@
 
     python eval_ppl.py runs/small-carope runs/small-rope --lengths 512 1024
     torchrun --standalone --nproc_per_node=2 eval_ppl.py runs/small-carope --json results.json
+    python eval_ppl.py runs/small-rope --lengths 1024 2048 --rope_scaling yarn --scale 4
 
 Windows do not overlap: with length T, window w predicts tokens wT+1 … wT+T from the at most T tokens before each inside
 the window, the last window is what is left. So every token of the evaluation set but the first is predicted exactly
@@ -33,6 +34,17 @@ def parse_args() -> argparse.Namespace:
     add("--data", help="folder of token shards [default: the one the run was trained on]")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
     add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained with]")
+    add(
+        "--rope_scaling",
+        "--rope-scaling",
+        choices=["linear", "ntk", "dynamic", "yarn"],
+        help="scale the phases of RoPE or CARoPE to windows beyond the training length, untrained [default: no scaling]",
+    )
+    add(
+        "--scale",
+        type=float,
+        help="of --rope_scaling, at least 1: evaluation length over training length, the run's block_size",
+    )
     add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
     return parser.parse_args()
 
@@ -46,6 +58,8 @@ from tqdm import tqdm
 
 from data import TokenStream, to_batch
 from distributed import Distributed, local_and_eager, pick_dtype
+from model import GPT
+from positional.scaling import SCALINGS, rescale
 from system.errors import UserError, command
 from system.files import write_json
 from system.fsdp import is_sharded, uncompiled
@@ -139,12 +153,16 @@ def evaluate_run(
     batch: int = 0,
     data: str | None = None,
     dtype: str | None = None,
+    rope_scaling: str | None = None,
+    scale: float | None = None,
 ) -> list[dict[str, Any]]:
     """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions.
 
-    What is not given is as the run had it (`data`, `dtype`) or fits into memory (`batch`).
+    What is not given is as the run had it (`data`, `dtype`) or fits into memory (`batch`). With `rope_scaling`, a name in
+    positional.scaling.SCALINGS, phases are scaled by `scale`.
     """
     model, state, folder = load_model(path)
+    scale_phases(model, rope_scaling, scale)
     dist.dtype = pick_dtype(dtype or model.cfg.dtype, dist.device)
     model.to(dist.device)
     stream = TokenStream(data or model.cfg.data, "val", model.cfg.vocab_size)
@@ -156,7 +174,7 @@ def evaluate_run(
             "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
             "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state.step,
             "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": str(folder),
-            "max_tokens": max_tokens,
+            "max_tokens": max_tokens, "rope_scaling": rope_scaling, "scale": scale,
         }  # fmt: skip
         if model.max_len is None or length <= model.max_len:
             windows = batch or default_batch(length, model.cfg.vocab_size)
@@ -165,6 +183,20 @@ def evaluate_run(
             result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": stderr}
         results.append(result)
     return results
+
+
+def scale_phases(model: GPT, rope_scaling: str | None, scale: float | None) -> None:
+    """Set the scaling that is asked for, from the length that `model` was trained at. Raises UserError where it cannot be."""
+    if (rope_scaling is None) != (scale is None):
+        missing = "--scale" if scale is None else "--rope_scaling"
+        raise UserError(
+            f"{missing} is missing: --rope_scaling says how to scale phases and --scale by how much, e.g. yarn and 4"
+        )
+    if rope_scaling is not None and scale is not None:
+        try:
+            rescale(model.encodings, model.cfg.encoding, SCALINGS[rope_scaling](scale, model.cfg.block_size))
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
 
 
 def default_batch(length: int, vocab_size: int) -> int:
@@ -179,7 +211,8 @@ def render(results: list[dict[str, Any]]) -> str:
     for r in results:
         spread = f" ± {r['stderr']:.2f}" if r["stderr"] is not None else ""
         cell = "–" if r["perplexity"] is None else f"{r['perplexity']:.2f}{spread}"
-        rows.setdefault((r["run"], r["encoding"], r["step"]), {})[r["length"]] = cell
+        scaled = f" {r['rope_scaling']}×{r['scale']:g}" if r.get("rope_scaling") else ""
+        rows.setdefault((r["run"], r["encoding"] + scaled, r["step"]), {})[r["length"]] = cell
     table = [("run", "encoding", "step", *map(str, lengths))]
     table += [(run, encoding, str(step), *(cells[n] for n in lengths)) for (run, encoding, step), cells in rows.items()]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -204,6 +237,7 @@ def main() -> None:
         results: list[dict[str, Any]] = []
         for path in args.runs:
             options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
+            options |= {"rope_scaling": args.rope_scaling, "scale": args.scale}
             results += evaluate_run(path, args.lengths, dist, **options)
             if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
                 write_json(Path(args.json), results)

@@ -51,6 +51,7 @@ class CARoPE(RoPE):
             return (1 + functional.softplus(self.logit(x_BTC))).reciprocal().transpose(1, 2)
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        self.check_cache(last)
         step_BHTF = self.frequency(x_BTC)[..., None] ** torch.arange(self.n_pairs, device=x_BTC.device)
         # Sums over a cache go on token by token for as long as one decodes: in float64 they do not drift
         return step_BHTF.cumsum(-2) if last is None else last + step_BHTF.cumsum(-2, dtype=last.dtype)
@@ -107,6 +108,10 @@ class CARoPENoBias(CARoPE):
     """CARoPE as the paper's formula stands, without a bias: it starts at f = 1/(1 + ln 2) = 0.59, not at RoPE."""
 
     has_bias = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.theta = 1 / (1 + math.log(2))
 
     def init_weights(self) -> None:
         nn.init.normal_(self.W.weight, std=0.02)

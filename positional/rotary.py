@@ -25,6 +25,7 @@ class RoPE(PositionalEncoding):
 
     beyond = "phases grow on: every pair of channels slower than one turn per training length gets angles it has never seen"
     inclusive = False  # the first token stands at 0
+    scaling: Any = None  # a positional.scaling.Scaling, set for evaluation beyond the training length
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -44,12 +45,24 @@ class RoPE(PositionalEncoding):
         return torch.full((1, 1, 1), self.theta, dtype=torch.float64, device=x_BTC.device).expand(1, 1, x_BTC.size(1))
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        self.check_cache(last)
         # (1, 1, T, F) is small: float64 is free, and the product keeps every digit of fp32 at any position
         phase_TF = pos_T.double()[:, None] * inverse_frequencies(self.n_pairs, self.theta, pos_T.device)
         return phase_TF[None, None]
 
+    def check_cache(self, last: Tensor | None) -> None:
+        """Raise ValueError where there is a cache and the scaling of the phases allows none."""
+        if last is not None and self.scaling is not None and self.scaling.dynamic:
+            raise ValueError(
+                "rope_scaling = 'dynamic': all phases depend on the length of the window, so keys cannot be cached; use 'ntk'"
+            )
+
     def frame(self, coords: Any) -> tuple[Tensor, Tensor]:
-        return coords.cos().float(), coords.sin().float()
+        if self.scaling is None:
+            return coords.cos().float(), coords.sin().float()
+        length, n_pairs = coords.shape[-2:]
+        coords = coords * self.scaling.factors(self.theta, n_pairs, length).to(coords)
+        return self.scaling.magnitude * coords.cos().float(), self.scaling.magnitude * coords.sin().float()
 
     def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = frame
@@ -60,9 +73,9 @@ class RoPE(PositionalEncoding):
 class PartialRoPE(RoPE):
     """RoPE on a fraction p = `partial_rope_fraction` of each head's channels; the others carry no position.
 
-    `partial_rope_kind` "first" (GPT-J; GPT-NeoX, 2204.06745, section 2.1): the first pD channels turn, on a ladder of their
-    own, θ_i = base^(−2i/(pD)), from fast to slow. "high" (p-RoPE of Barbero et al., 2410.06205, section 6): the ladder is
-    RoPE's, base^(−2i/D), and the slowest (1 − p)D/2 pairs stand still. pD/2 is rounded down to whole pairs.
+    `partial_rope_kind` "first" (GPT-J; GPT-NeoX, 2204.06745, section 2.1.1): the first pD channels turn, on a ladder of their
+    own, θ_i = base^(−2i/(pD)), from fast to slow. "high" (p-RoPE of Barbero et al., 2410.06205): the ladder is RoPE's,
+    base^(−2i/D), and the slowest (1 − p)D/2 pairs stand still. pD/2 is rounded down to whole pairs.
     """
 
     beyond = "as RoPE for the channels that turn; those that do not know no length"
@@ -103,7 +116,7 @@ class PartialRoPE(RoPE):
 
 
 class XPos(RoPE):
-    """xPos (Sun et al., 2212.10554, section 2.2): RoPE, and of q · k pair i fades by ζ_i^(distance / `xpos_scale_base`).
+    """xPos (Sun et al., 2212.10554): RoPE, and of q · k pair i fades by ζ_i^(distance / `xpos_scale_base`).
 
     q at position n is multiplied by ζ_i^(n/512), k by ζ_i^(−n/512), with ζ_i = (2i/D + 0.4) / 1.4. Only the distance reaches
     the logits, but each factor alone leaves fp32's range: `max_len` is where k's largest, ζ_0's, comes to 2^106; what remains
