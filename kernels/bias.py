@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import attention
 from positional import PositionalEncoding
 
-BLOCK_ELEMENTS = 2**20  # of a bias, per head: 1024 queries at 1024 keys, 128 at 8192
+BLOCK_ELEMENTS = 2**19  # of a bias, per head: 512 queries at 1024 keys, 64 at 8192
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries (B, H, T, D), keys and values (B, H, S, D) → (B, H, T, D)
 
 
