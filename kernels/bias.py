@@ -92,7 +92,7 @@ def _in_blocks(bias: Callable[[slice, slice], Tensor], q: Tensor, k: Tensor, v: 
     T, S = q.size(2), k.size(2)
     n = max(64, BLOCK_ELEMENTS // S)
     parts = []
-    for i in range(0, T, n):
+    for i in reversed(range(0, T, n)):  # the largest first: what it frees has room for the others
         t, s = slice(i, min(i + n, T)), slice(S - T + min(i + n, T))
         inputs = q[:, :, t], k[:, :, s], v[:, :, s]
         if n < T and torch.is_grad_enabled():
@@ -100,7 +100,7 @@ def _in_blocks(bias: Callable[[slice, slice], Tensor], q: Tensor, k: Tensor, v: 
         else:
             block = _block(bias, t, s, *inputs)
         parts.append(block)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=2)
 
 
 def _block(bias: Callable[[slice, slice], Tensor], t: slice, s: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
