@@ -19,12 +19,47 @@ BLOCK = 128  # queries at a time
 PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
 
 
-def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ/√D + mask) v, (B, H, T, D); without a mask causal, where T > 1 (then T = S)."""
+def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, c_BHS: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ/√D + mask) v, (B, H, T, D); without a mask causal, where T > 1 (then T = S).
+
+    `c_BHS`, without a mask and T = S only: c_j − c_i comes on top of the logit of query i and key j.
+    """
     if mask is None and q_BHTD.shape == k_BHSD.shape and _blocks_pay(q_BHTD):
-        return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD)
+        return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD, c_BHS)
+    if c_BHS is not None:
+        return _with_columns(q_BHTD, k_BHSD, v_BHSD, c_BHS)
     causal = mask is None and q_BHTD.size(2) > 1
     return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
+
+
+def _with_columns(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, c_BHS: Tensor) -> Tensor:
+    """Torch's causal attention with c_j beside the keys and ones beside the queries: no T × S bias is ever formed.
+
+    Flash attention wants values as wide as the keys, and widths that are multiples of 8.
+    """
+    D, columns_k = q_BHTD.size(-1), key_columns(c_BHS, q_BHTD.size(-1), q_BHTD.dtype)
+    n = columns_k.size(-1)
+    pad = -(D + n) % 8
+    columns_k = columns_k.expand(k_BHSD.size(0), -1, -1, -1)
+    k = functional.pad(torch.cat((k_BHSD, columns_k), -1), (0, pad))
+    q = functional.pad(functional.pad(q_BHTD, (0, n), value=1.0), (0, pad))
+    v = functional.pad(v_BHSD, (0, n + pad))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / math.sqrt(D))[..., :D]
+
+
+def key_columns(c_BHS: Tensor, D: int, dtype: torch.dtype) -> Tensor:
+    """Columns of `dtype` whose sum is c_j·√D, up to what all keys have in common, (B or 1, H, S, 1 or 3).
+
+    One bf16 column would be wrong by 2.6 at a running sum of 1000, more than most logits differ by; three hold all 24 bits of
+    an fp32. The gradient is that of the first, with which the queries' ones multiply it as with the others.
+    """
+    # The last one is taken off for smaller numbers alone: the softmax does not see it, so it has no gradient
+    column_BHS = ((c_BHS - c_BHS[..., -1:].detach()) * math.sqrt(D)).float()
+    parts = [column_BHS.to(dtype)]
+    while dtype != torch.float32 and len(parts) < 3:
+        column_BHS = (column_BHS - parts[-1].float()).detach()
+        parts.append(column_BHS.to(dtype))
+    return torch.stack(parts, dim=-1)
 
 
 def _blocks_pay(q_BHTD: Tensor) -> bool:
@@ -39,7 +74,7 @@ def chosen(q_BHTD: Tensor) -> str:
     return SDPBackend(torch._fused_sdp_choice(q_BHTD, q_BHTD, q_BHTD, is_causal=True)).name.lower()
 
 
-def _probabilities(q_NtD: Tensor, k_NsD: Tensor) -> Tensor:
+def _probabilities(q_NtD: Tensor, k_NsD: Tensor, c_Ns: Tensor | None) -> Tensor:
     """Attention of the last t of s positions to all s, (N, t, s) fp32."""
     t, scale, k_NDs = q_NtD.size(1), 1 / math.sqrt(q_NtD.size(2)), k_NsD.transpose(1, 2)
     scores_Nts = torch.baddbmm(q_NtD.new_empty(1), q_NtD, k_NDs, beta=0, alpha=scale)
@@ -47,36 +82,45 @@ def _probabilities(q_NtD: Tensor, k_NsD: Tensor) -> Tensor:
         # A CPU's bf16 matmul gives bf16, too coarse for a logit. The same again, less what it gave, is what rounding left out.
         rest_Nts = torch.baddbmm(scores_Nts, q_NtD, k_NDs, beta=-1, alpha=scale)
         scores_Nts = scores_Nts.float().add_(rest_Nts)
+    if c_Ns is not None:  # less that of the last key: where a weight counts, the number is small
+        scores_Nts += (c_Ns - c_Ns[:, -1:]).float()[:, None]
     scores_Nts[..., -t:] += scores_Nts.new_full((t, t), -math.inf).triu(1)
     return scores_Nts.softmax(-1)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *qkv_BHTD: Tensor) -> Tensor:
-        q_NTD, k_NTD, v_NTD = (u.flatten(0, 1).contiguous() for u in qkv_BHTD)
+    def forward(ctx: Any, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, c_BHT: Tensor | None) -> Tensor:
+        q_NTD, k_NTD, v_NTD = (u.flatten(0, 1).contiguous() for u in (q_BHTD, k_BHTD, v_BHTD))
+        c_NT = None if c_BHT is None else c_BHT.expand(q_BHTD.shape[:3]).flatten(0, 1)
+        ctx.c = None if c_BHT is None or not ctx.needs_input_grad[3] else (c_BHT.shape, c_BHT.dtype)
         y_NTD, kept = torch.empty_like(q_NTD), []
         for i in range(0, q_NTD.size(1), BLOCK):
             block, seen = slice(i, i + BLOCK), slice(i + BLOCK)
-            p_Nts = _probabilities(q_NTD[:, block], k_NTD[:, seen]).to(q_NTD.dtype)
+            p_Nts = _probabilities(q_NTD[:, block], k_NTD[:, seen], None if c_NT is None else c_NT[:, seen]).to(q_NTD.dtype)
             y_NTD[:, block] = torch.bmm(p_Nts, v_NTD[:, seen])
             kept.append(p_Nts)
         ctx.save_for_backward(q_NTD, k_NTD, v_NTD, y_NTD, *kept)
-        return y_NTD.view_as(qkv_BHTD[0])
+        return y_NTD.view_as(q_BHTD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_BHTD: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dy_BHTD: Tensor) -> tuple[Tensor | None, ...]:
         q_NTD, k_NTD, v_NTD, y_NTD, *kept = ctx.saved_tensors
         dy_NTD, scale, dtype = dy_BHTD.flatten(0, 1), 1 / math.sqrt(q_NTD.size(2)), q_NTD.dtype
         inner_NT1 = (dy_NTD.float() * y_NTD.float()).sum(-1, keepdim=True)
         dq_NTD, dk_NTD, dv_NTD = torch.empty_like(q_NTD), *(torch.zeros(q_NTD.shape) for _ in range(2))
+        dc_NT = torch.zeros(q_NTD.shape[:2])
         for i, p_Nts in enumerate(kept):
             block, seen = slice(i * BLOCK, (i + 1) * BLOCK), slice((i + 1) * BLOCK)
             dp_Nts = torch.bmm(dy_NTD[:, block], v_NTD[:, seen].transpose(1, 2)).float()
-            dz_Nts = dp_Nts.sub_(inner_NT1[:, block]).mul_(p_Nts).to(dtype)
+            dz_Nts = dp_Nts.sub_(inner_NT1[:, block]).mul_(p_Nts)
+            if ctx.c:
+                dc_NT[:, seen] += dz_Nts.sum(1)
+            dz_Nts = dz_Nts.to(dtype)
             dq_NTD[:, block] = torch.bmm(dz_Nts, k_NTD[:, seen]).mul_(scale)
             dk_NTD[:, seen] += torch.bmm(dz_Nts.transpose(1, 2), q_NTD[:, block])
             dv_NTD[:, seen] += torch.bmm(p_Nts.transpose(1, 2), dy_NTD[:, block])
         grads = dq_NTD, dk_NTD.mul_(scale).to(dtype), dv_NTD.to(dtype)
-        return tuple(grad.view_as(dy_BHTD) for grad in grads)
+        dc_BHT = dc_NT.view(dy_BHTD.shape[:3]).sum_to_size(ctx.c[0]).to(ctx.c[1]) if ctx.c else None
+        return *(grad.view_as(dy_BHTD) for grad in grads), dc_BHT

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from positional import PositionalEncoding
 
+BLOCK_ELEMENTS = 2**19  # of a bias, per head: 512 queries at 1024 keys, 64 at 8192
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries (B, H, T, D), keys and values (B, H, S, D) → (B, H, T, D)
 
 
@@ -59,18 +61,74 @@ def visible(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def _by_key(c_BHS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # What is taken off tells later tokens' coordinates to earlier queries; a softmax does not see it, its gradient would
-    return attend(q, k, v, c_BHS[..., None, :] - c_BHS[..., None, -1:].detach())
+    if q.size(2) == k.size(2) > 1:
+        return attention(q, k, v, None, c_BHS)
+
+    def bias(t: slice, s: slice) -> Tensor:
+        # What is taken off comes from a later token than some queries; the softmax does not see it, its gradient would
+        c_BHs = c_BHS[..., s]
+        return (c_BHs - c_BHs[..., -1:].detach())[..., None, :]
+
+    return _in_blocks(bias, q, k, v)
 
 
 def _by_distance(table_HS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     T, S = q.size(2), k.size(2)
+    if fuses(q) and T == S:
+        return flex(table_HS, q, k, v)
     pos_S = torch.arange(S, device=q.device)
-    return attend(q, k, v, table_HS[:, (pos_S[S - T :, None] - pos_S).clamp(min=0)][None])
+    return _in_blocks(lambda t, s: table_HS[:, (pos_S[S - T :][t, None] - pos_S[s]).clamp(min=0)][None], q, k, v)
 
 
 def _by_bias(encoding: PositionalEncoding, coords_q: Tensor, coords_k: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(q, k, v, encoding.bias(coords_q, coords_k))
+    return _in_blocks(lambda t, s: _some(encoding.bias(coords_q[..., t, :], coords_k[..., s, :])), q, k, v)
+
+
+def _in_blocks(bias: Callable[[slice, slice], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of a block of queries at a time to the keys that it may see, under the `bias` of slices of both.
+
+    A block's bias lives as long as the block; where there is a backward pass, it makes it once more.
+    """
+    T, S = q.size(2), k.size(2)
+    n = max(64, BLOCK_ELEMENTS // S)
+    parts = []
+    for i in reversed(range(0, T, n)):  # the largest first: what it frees has room for the others
+        t, s = slice(i, min(i + n, T)), slice(S - T + min(i + n, T))
+        inputs = q[:, :, t], k[:, :, s], v[:, :, s]
+        if n < T and torch.is_grad_enabled():
+            block = checkpoint(partial(_block, bias, t, s), *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            block = _block(bias, t, s, *inputs)
+        parts.append(block)
+    return parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=2)
+
+
+def _block(bias: Callable[[slice, slice], Tensor], t: slice, s: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, bias(t, s))
+
+
+def fuses(q: Tensor) -> bool:
+    """Whether FlexAttention is one kernel here, and not the T × S matrix that it is in eager mode."""
+    return q.is_cuda and torch.compiler.is_compiling() and q.size(3) >= 16
+
+
+def grown(table_HS: Tensor, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The logit of query i and key j in head h with its bias: FlexAttention's `score_mod`."""
+    return score + table_HS[h, (i - j).clamp(min=0)]
+
+
+def flex(table_HS: Tensor, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """Causal attention that reads what a logit grows by from a table of heads and distances, in FlexAttention's kernel."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i >= j
+
+    T = q_BHTD.size(2)
+    mask = create_block_mask(sees, None, None, T, T, device=q_BHTD.device)
+    y_BHTD = flex_attention(q_BHTD, k_BHTD, v_BHTD, score_mod=partial(grown, table_HS), block_mask=mask)
+    assert isinstance(y_BHTD, Tensor)
+    return y_BHTD
 
 
 def _by_weights(

@@ -141,7 +141,7 @@ class FIRE(PositionalEncoding):
             threshold = (self.threshold.float() * THRESHOLD).abs()
             distance_TS = self._psi((i_T1 - j_S).clamp(min=0))  # of later keys, which nobody sees: anything finite
             x_TS = distance_TS / (self._psi(torch.maximum(i_T1, threshold)) + 1e-6)
-            hidden_TSM = functional.relu(functional.linear(x_TS[..., None], self.fc.weight.float(), self.fc.bias.float()))
+            hidden_TSM = functional.linear(x_TS[..., None], self.fc.weight.float(), self.fc.bias.float()).relu_()
             bias_TSH = functional.linear(hidden_TSM, self.proj.weight.float(), self.proj.bias.float())
         return bias_TSH.permute(2, 0, 1)[None]
 

@@ -38,7 +38,8 @@ class CABLE(PositionalEncoding):
         """f(x_t)_h > 0, what token t takes off the logits of all that is before it, (B, H, T) fp32."""
         with torch.autocast(x_BTC.device.type, enabled=False):
             z_BTH = functional.linear(x_BTC.float(), self.W.weight.float(), self.W.bias.float())
-            return functional.softplus(self.sign * z_BTH).transpose(1, 2)
+            # Contiguous on both sides of softplus: of its backward pass AOTAutograd and ATen expect different strides elsewise
+            return functional.softplus(self.sign * z_BTH.transpose(1, 2).contiguous())
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         sum_BHT1 = self.decay(x_BTC).cumsum(-1, dtype=torch.float64)[..., None]

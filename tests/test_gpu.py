@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(encoding):
         assert ((grad - wanted_grad).norm() / wanted_grad.norm()).item() < 5 * tolerance
 
 
-@pytest.mark.parametrize("encoding", ["rope", "carope_hidden", "sinusoidal"])
+@pytest.mark.parametrize("encoding", ["rope", "carope_hidden", "sinusoidal", "t5", "kerple", "fire", "cable"])
 def test_compiled_is_eager(encoding):
     model, ids = model_and_tokens(encoding)
     model.to(DEVICE)

@@ -1,0 +1,130 @@
+"""Attention under a bias, however it is computed, against the whole matrix of logits in float64."""
+
+import pytest
+import torch
+from test_positional import build, tokens
+
+from kernels import attention as attention_module
+from kernels import bias as bias_module
+from kernels.attention import _with_columns, attention, key_columns
+from kernels.bias import attention_of, flex, grown
+
+
+def qkv(T: int, S: int, B: int = 2, H: int = 2, D: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(B, H, n, D, generator=generator) for n in (T, S, S)]
+
+
+def written_out(q, k, v, bias):
+    """softmax(q kᵀ/√D + bias) v in float64, causal, of the last T of S positions."""
+    q, k, v = (u.double() for u in (q, k, v))
+    T, S = q.size(2), k.size(2)
+    hidden = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)
+    return (q @ k.mT / q.size(3) ** 0.5 + bias).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative error in the 2-norm."""
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def running_sum(T: int, H: int = 2, step: float = 1.4) -> torch.Tensor:
+    """As CABLE's c: a sum of T positive numbers, (2, H, T) float64."""
+    return (step * torch.rand(2, H, T, generator=torch.Generator().manual_seed(4), dtype=torch.float64)).cumsum(-1)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("T", [1024, 512, 50])  # columns; blocks of matmuls; columns again
+def test_key_bias_is_exact_at_large_sums_and_so_are_its_gradients(T, dtype, limit):
+    c = running_sum(T).requires_grad_()
+    inputs = [u.to(dtype).requires_grad_() for u in qkv(T, T)]
+    wanted = written_out(*inputs, c[..., None, :] - c[..., :, None].detach())
+    dy = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = torch.autograd.grad(wanted, (*inputs, c), dy.double())
+    y = attention(*inputs, None, c)
+    found = torch.autograd.grad(y, (*inputs, c), dy)
+    assert error(y, wanted) < limit
+    assert all(error(f, e) < 2 * limit for f, e in zip(found, expected, strict=True))
+
+
+def test_one_bf16_column_would_not_do():
+    c = running_sum(1024)
+    exact = c - c[..., -1:]
+    columns = key_columns(c, 64, torch.bfloat16)
+    assert columns.dtype == torch.bfloat16 and columns.shape[-1] == 3
+    assert (columns[..., 0].double() / 8 - exact).abs().max() > 0.5
+    assert (columns.double().sum(-1) / 8 - exact).abs().max() < 1e-4
+    inputs = [u.bfloat16() for u in qkv(1024, 1024)]
+    wanted = written_out(*inputs, exact[..., None, :])
+    rounded = attention_module.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=exact[..., None, :].bfloat16() + torch.full((1024, 1024), -torch.inf).triu(1).bfloat16()
+    )
+    assert error(_with_columns(*inputs, c), wanted) < 6e-3 < 0.05 < error(rounded, wanted)
+
+
+@pytest.mark.parametrize("encoding", ["alibi", "t5", "kerple", "fire", "cable", "fox"])
+@pytest.mark.parametrize("T", [1, 30, 100])  # a token; more of a prompt; all of it
+def test_attention_in_blocks_is_that_of_the_whole_bias(encoding, T, monkeypatch):
+    monkeypatch.setattr(bias_module, "BLOCK_ELEMENTS", 100)  # max(64, …) queries at a time
+    S = 100
+    one = build(encoding).encodings[0]
+    x, pos = torch.randn(2, S, 32, generator=torch.Generator().manual_seed(2)), torch.arange(S)
+
+    def run(attend_with) -> list[torch.Tensor]:
+        inputs = [u.requires_grad_() for u in qkv(T, S)]
+        coords = one.coords(x, pos)
+        y = attend_with(coords, *inputs)
+        learned = list(one.parameters())
+        return [y.detach(), *torch.autograd.grad(y.double().square().sum(), (*inputs, *learned))]
+
+    def whole(coords, q, k, v):
+        if (c := None if coords is None else one.key_bias(coords)) is not None:
+            bias = c[..., None, :] - c[..., S - T :, None]
+        elif (table := one.distance_bias(S)) is not None:
+            bias = table[:, (pos[S - T :, None] - pos).clamp(min=0)]
+        else:
+            bias = one.bias(coords[..., S - T :, :], coords)
+        return written_out(q, k, v, bias)
+
+    def ours(coords, q, k, v):
+        return attention_of(one, None if coords is None else coords[..., S - T :, :], coords, S)(q, k, v)
+
+    for found, wanted in zip(run(ours), run(whole), strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), atol=2e-4, rtol=1e-3)
+
+
+def test_flex_attention_reads_the_table():
+    table, inputs = torch.randn(2, 40, generator=torch.Generator().manual_seed(8)), qkv(40, 40)
+    distance = (torch.arange(40)[:, None] - torch.arange(40)).clamp(min=0)
+    torch.testing.assert_close(flex(table, *inputs).double(), written_out(*inputs, table[:, distance]), atol=1e-5, rtol=1e-4)
+
+
+def test_what_flex_attention_reads_has_gradients():
+    """On a CPU FlexAttention has no backward pass, what it does to a logit has."""
+    table = torch.randn(2, 40).requires_grad_()
+    scores, (h, i, j) = torch.randn(2, 40, 40), torch.meshgrid(*(torch.arange(n) for n in (2, 40, 40)), indexing="ij")
+    (grown(table, scores, h, h, i, j).tril() * scores).sum().backward()
+    wanted = [[scores[h].diagonal(-d).sum() for d in range(40)] for h in range(2)]
+    torch.testing.assert_close(table.grad, torch.tensor(wanted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["t5", "fire"])
+def test_no_bias_of_all_queries_and_keys_is_in_memory(encoding, monkeypatch):
+    monkeypatch.setattr(bias_module, "BLOCK_ELEMENTS", 2**16)
+    one, S = build(encoding, "--fire_width=2").encodings[0], 1024
+    x = torch.zeros(1, S, 32)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
+        coords = one.coords(x, torch.arange(S))
+        attention_of(one, coords, coords, S)(*qkv(S, S, B=1))
+    assert max(event.self_cpu_memory_usage for event in seen.events()) < 2 * S * S * 4 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["alibi", "cable", "t5", "kerple", "fire"])
+def test_a_model_with_a_bias_compiles_whole(encoding):
+    model, idx = build(encoding), tokens(32)
+    net = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+    wanted, found = model(idx, idx.roll(-1, 1)), net(idx, idx.roll(-1, 1))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    found.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
