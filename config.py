@@ -62,6 +62,11 @@ class Config(BaseModel):
     block_size: PositiveInt = Field(512, le=2**24, description="training length, tokens")
     rope_base: float = Field(10000.0, ge=1.001, le=1e15, description="base of RoPE's frequencies, also where CARoPE starts")
     sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
+    cope_max: int = Field(64, ge=2, le=65536, description="positions that CoPE counts, of gated keys")
+    path_rank: PositiveInt = Field(32, le=65536, description="rank of the projection to PaTH's w, channels")
+    seqpe_base: int = Field(10, ge=2, le=1024, description="base of the numerals that SeqPE reads")
+    seqpe_digits: int = Field(5, ge=1, le=64, description="digits of a position in SeqPE")
+    seqpe_width: PositiveInt = Field(128, le=4096, multiple_of=4, description="width of SeqPE's encoder, channels")
 
     # optimization
     micro_batch: Count = Field(32, description="sequences per forward pass and device")

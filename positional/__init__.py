@@ -8,10 +8,12 @@ beyond 256.
 To add one: write a class, add it to ENCODINGS; every test that runs on all encodings then runs on it.
 """
 
-from positional.additive import Learned, Sinusoidal
+from positional.additive import Learned, SeqPE, Sinusoidal
 from positional.base import PositionalEncoding
 from positional.carope import CARoPE, CARoPEHidden, CARoPENoBias
+from positional.path import PaTH
 from positional.rotary import RoPE
+from positional.weighted import URPE, CoPE
 
 __all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
 
@@ -19,8 +21,12 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "nope": PositionalEncoding,
     "learned": Learned,
     "sinusoidal": Sinusoidal,
+    "seqpe": SeqPE,
     "rope": RoPE,
     "carope": CARoPE,
     "carope_hidden": CARoPEHidden,
     "carope_nobias": CARoPENoBias,
+    "cope": CoPE,
+    "urpe": URPE,
+    "path": PaTH,
 }
