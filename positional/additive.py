@@ -56,6 +56,8 @@ class SeqPE(PositionalEncoding):
     Left out, since they need losses of their own: the contrastive objective that makes embeddings as far apart as their
     positions are, and the distillation of far positions from near ones. The paper owes them its extrapolation, so what this
     class shows beyond the training length is not SeqPE's result.
+
+    The encoder learns at the learning rates of config/small.toml; at several times those (2e-3 and above) it was seen not to.
     """
 
     beyond = "any position below seqpe_base ** seqpe_digits can be written, but digits never seen in their place are untrained"

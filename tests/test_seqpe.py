@@ -74,3 +74,18 @@ def test_numerals_end_where_their_digits_end():
 def test_too_few_digits_for_the_training_length_are_refused():
     with pytest.raises(UserError, match=r"seqpe_digits = 2: to the base 10.*100 positions.*block_size = 512; 3 digits do"):
         load_config(["--encoding=seqpe", "--seqpe_digits=2"])
+
+
+def test_the_encoder_learns_a_random_table_at_a_learning_rate_of_6e_4():
+    seqpe = build("seqpe", spread=0).wpe
+    with torch.no_grad():
+        seqpe.init_weights()
+    pos, x = torch.arange(16), torch.zeros(1, 16, 32)
+    table = 0.02 * torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(seqpe.parameters(), lr=6e-4)
+    for _ in range(50):
+        error = (seqpe.embed(x, pos)[0] - table).square().mean() / table.square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert error < 0.1
