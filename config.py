@@ -71,6 +71,11 @@ class Config(BaseModel):
     t5_buckets: int = Field(32, ge=2, le=2**20, description="T5's buckets of distances, half of them of one distance each")
     t5_max_distance: PositiveInt = Field(128, le=2**24, description="where T5's last bucket begins at the latest, tokens")
     fire_width: PositiveInt = Field(32, le=65536, description="hidden width of FIRE's MLP, channels")
+    cope_max: int = Field(64, ge=2, le=65536, description="positions that CoPE counts, of gated keys")
+    path_rank: PositiveInt = Field(32, le=65536, description="rank of the projection to PaTH's w, channels")
+    seqpe_base: int = Field(10, ge=2, le=1024, description="base of the numerals that SeqPE reads")
+    seqpe_digits: int = Field(5, ge=1, le=64, description="digits of a position in SeqPE")
+    seqpe_width: PositiveInt = Field(128, le=4096, multiple_of=4, description="width of SeqPE's encoder, channels")
 
     # optimization
     micro_batch: Count = Field(32, description="sequences per forward pass and device")

@@ -8,7 +8,7 @@ beyond 256.
 To add one: write a class, add it to ENCODINGS; every test that runs on all encodings then runs on it.
 """
 
-from positional.additive import Learned, Sinusoidal
+from positional.additive import Learned, SeqPE, Sinusoidal
 from positional.base import PositionalEncoding
 from positional.bias import FIRE, KERPLE, T5, ALiBi
 from positional.carope import (
@@ -22,7 +22,9 @@ from positional.carope import (
 )
 from positional.comrope import ComRoPE
 from positional.context import CABLE, FoX
+from positional.path import PaTH
 from positional.rotary import PartialRoPE, RoPE, RoPEbf16Positions, XPos
+from positional.weighted import URPE, CoPE
 
 __all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
 
@@ -30,6 +32,7 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "nope": PositionalEncoding,
     "learned": Learned,
     "sinusoidal": Sinusoidal,
+    "seqpe": SeqPE,
     "rope": RoPE,
     "rope_bf16pos": RoPEbf16Positions,
     "partial_rope": PartialRoPE,
@@ -48,4 +51,7 @@ ENCODINGS: dict[str, type[PositionalEncoding]] = {
     "fire": FIRE,
     "cable": CABLE,
     "fox": FoX,
+    "cope": CoPE,
+    "urpe": URPE,
+    "path": PaTH,
 }
