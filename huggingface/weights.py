@@ -57,7 +57,8 @@ def neox_config(cfg: Config, n_vocab: int) -> dict[str, Any]:
         "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": n_vocab, "hidden_size": cfg.n_embd,
         "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head, "intermediate_size": 4 * cfg.n_embd,
         "hidden_act": "gelu_new", "max_position_embeddings": cfg.block_size, "rotary_pct": 1.0,
-        "rotary_emb_base": cfg.rope_base, "layer_norm_eps": 1e-5, "use_parallel_residual": False, "attention_bias": True, "attention_dropout": 0.0,
+        "rotary_emb_base": cfg.rope_base, "layer_norm_eps": 1e-5, "use_parallel_residual": False, "attention_bias": True,
+        "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }  # fmt: skip
 
