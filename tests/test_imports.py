@@ -14,7 +14,7 @@ LAYERS = [
     {"model"},
     {"training"},
     {"huggingface"},
-    {"eval_ppl", "prepare_fineweb", "sample", "export_hf"},
+    {"eval_ppl", "prepare_fineweb", "sample", "export_hf", "eval_tasks"},
     {"train"},
     {"benchmarks"},
     {"experiments"},

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import logged, run_command
+from conftest import logged
 from test_export import saved
 from test_positional import T, build, tokens
 
+from config import load_config
 from huggingface.export import export
 from huggingface.initial import load_initial
 from system.errors import UserError
+from train import train
 
 
 def random_gpt2(transformers, folder, **options) -> torch.nn.Module:
@@ -94,19 +96,18 @@ def test_a_folder_that_is_no_gpt2_is_refused(tmp_path, text):
         load_initial(str(tmp_path / "nowhere"), build("learned"))
 
 
-def test_a_run_starts_from_them_and_does_not_read_them_again(small, runs, tmp_path):
+def test_a_run_starts_from_them_and_does_not_read_them_again(small, runs, tmp_path, capsys):
     sizes = ["--n_layer=1", "--encoding=learned", "--name=tuned", "--steps=1", "--eval_every=1", "--warmup_steps=0"]
     source = tmp_path / "source"
     source.symlink_to(runs / "learned")
-    words = ["train.py", *small, *sizes, f"--init_from={source}"]
-    done = run_command(*words)
-    assert done.returncode == 0 and f"init_from: weights from {source}" in done.stderr
+    words = [*small, *sizes, f"--init_from={source}"]
+    assert train(load_config(words)) == 0 and f"init_from: weights from {source}" in capsys.readouterr().err
     log = [json.loads(line) for line in (tmp_path / "tuned/log.jsonl").read_text().splitlines()]
     earlier = [json.loads(line) for line in (runs / "learned/log.jsonl").read_text().splitlines()]
     first, last = log[0]["val_loss"], [one["val_loss"] for one in earlier if "val_loss" in one][-1]
     assert abs(first - last) < 0.3 < earlier[0]["val_loss"] - first
     source.unlink()
-    again = run_command(*words)
-    assert again.returncode == 0 and "finished" in again.stdout and logged(tmp_path / "tuned") == len(log)
-    other = run_command(*words[:-1])
-    assert other.returncode == 2 and "init_from" in other.stderr
+    assert train(load_config(words)) == 0 and "finished" in capsys.readouterr().out
+    assert logged(tmp_path / "tuned") == len(log)
+    with pytest.raises(UserError, match="init_from"):
+        train(load_config(words[:-1]))
