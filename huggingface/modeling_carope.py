@@ -43,6 +43,8 @@ class CARoPEForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = CARoPEConfig
     base_model_prefix = "transformer"
+    # An encoding computes in fp32 whatever the type of the rest, as in training
+    _keep_in_fp32_modules_strict = ("wpe",)  # type: ignore[assignment]
 
     def __init__(self, config: CARoPEConfig) -> None:
         super().__init__(config)

@@ -76,6 +76,19 @@ def test_the_cache_is_used_and_beams_reorder_it(transformers, tmp_path):
     torch.testing.assert_close(model(prompt, attention_mask=mask.flip(1)).logits, model(prompt).logits)
 
 
+@pytest.mark.parametrize("encoding", ["path", "carope"])
+def test_in_bf16_the_encoding_stays_in_fp32(transformers, tmp_path, encoding):
+    ours = saved(tmp_path / "run", encoding)
+    export(tmp_path / "run", tmp_path / "out")
+    options = {"trust_remote_code": True, "dtype": torch.bfloat16}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options).eval()
+    for name, p in theirs.named_parameters():
+        assert p.dtype == (torch.float32 if "wpe" in name else torch.bfloat16)
+    idx = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits.float(), ours(idx)[..., :257], atol=0.1, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "vocab"), [("bytes", 320), ("gpt2", 50304)])
 def test_the_tokenizer_gives_our_ids(transformers, tmp_path, name, vocab):
     saved(tmp_path / "run", "carope", name, vocab)

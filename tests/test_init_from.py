@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import logged
+from conftest import logged, torchrun
 from test_export import saved
 from test_positional import T, build, tokens
 
@@ -111,3 +111,16 @@ def test_a_run_starts_from_them_and_does_not_read_them_again(small, runs, tmp_pa
     assert logged(tmp_path / "tuned") == len(log)
     with pytest.raises(UserError, match="init_from"):
         train(load_config(words[:-1]))
+
+
+@pytest.mark.slow
+def test_sharded_ranks_start_from_the_same_weights(small, runs, tmp_path):
+    sizes = ["--n_layer=1", "--encoding=learned", "--steps=1", "--eval_every=1", "--warmup_steps=0"]
+    words = [*small, *sizes, f"--init_from={runs / 'learned'}"]
+    assert train(load_config([*words, "--name=alone"])) == 0
+    done = torchrun(2, "train.py", *words, "--name=sharded", "--parallel=fsdp")
+    assert done.returncode == 0 and done.stderr.count("init_from: weights from") == 1, done.stderr
+    losses = [
+        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["val_loss"] for name in ("alone", "sharded")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
