@@ -17,6 +17,7 @@ def card(model: GPT, state: State, evaluations: list[dict[str, Any]], custom: bo
     cfg = model.cfg
     code = ", trust_remote_code=True" if custom else ""
     longest = f"It has positions for {model.max_len} tokens. " if model.max_len else ""
+    n_params = model.n_params()["total"] - (cfg.vocab_size - n_vocab) * cfg.n_embd
     rows = "\n".join(f"| {key} | {getattr(cfg, key)} |" for key in SHOWN)
     return f"""---
 license: mit
@@ -26,7 +27,7 @@ pipeline_tag: text-generation
 
 # {printable(cfg.name)}
 
-GPT-2 with the positional encoding `{cfg.encoding}`, {model.n_params()["total"]:,} parameters, after step {state.step}.
+GPT-2 with the positional encoding `{cfg.encoding}`, {n_params:,} parameters, after step {state.step}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -148,6 +148,7 @@ def test_the_model_card_says_what_the_run_says(tmp_path):
     export(run, tmp_path / "second")
     first, second = ((tmp_path / name / "README.md").read_text() for name in ("first", "second"))
     assert "2.5000 nats" in first and "| 512 | 7.25 | 1,000 |" in second
+    assert "33,762 parameters" in first  # 63 rows of padding fewer than in training
     assert "license: mit" in first and "`carope`" in first and "| tokens seen | 300 |" in first and "abc" in first
 
 
