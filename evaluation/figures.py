@@ -82,9 +82,14 @@ def mark_training_length(axis: Any, lengths: set[int]) -> None:
 
 
 def draw_profiles(results: list[dict[str, Any]], path: Path) -> None:
-    """Loss against position in the window, a line per run and length, from what eval_ppl.evaluate_run returned."""
+    """Loss against position in the window, a line per run, from what eval_ppl.evaluate_run returned.
+
+    Of a run's lengths the longest is shown: the model is causal, so a shorter window is the beginning of the same curve.
+    """
     figure, axes = panels(1, 1, width=6.5, height=4.2)
-    axis, shown = axes[0, 0], [r for r in results if r.get("per_position")]
+    axis = axes[0, 0]
+    longest_of = {r["checkpoint"]: r for r in sorted(results, key=lambda r: r["length"]) if r.get("per_position")}
+    shown = list(longest_of.values())
     for i, result in enumerate(shown):
         at = [(b["from"] * b["to"]) ** 0.5 for b in result["per_position"]]
         loss = [b["loss"] for b in result["per_position"]]
