@@ -71,10 +71,10 @@ def write_parquet(path, documents, **options):
 
 
 def start(*args, env=None, constants=None, **options):
-    """prepare_fineweb.py as a process, where asked with other `constants` of sources.py, to wait less."""
+    """prepare_fineweb.py as a process, where asked with other `constants` of text/hub.py, to wait less."""
     script = str(ROOT / "prepare_fineweb.py")
     changed = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import sources; vars(sources).update({constants}); "
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import text.hub; vars(text.hub).update({constants}); "
         f"runpy.run_path({script!r}, run_name='__main__')"
     )
     command = [sys.executable, *(["-c", changed] if constants else [script]), *map(str, args)]
