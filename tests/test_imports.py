@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "launch", "text"},
     {"data", "distributed"},
     {"model"},
-    {"training"},
+    {"evaluation", "training"},
     {"eval_ppl", "prepare_fineweb", "sample"},
     {"train"},
     {"benchmarks"},
