@@ -64,7 +64,7 @@ def test_a_shuffle_keeps_each_windows_values_per_head():
 
 
 def test_the_command_and_its_files(runs, tmp_path):
-    words = ["--lengths", 32, 64, "--out", tmp_path, "--max_tokens", 2000, "--device", "cpu"]
+    words = ["--lengths", 32, 64, "--out", tmp_path, "--max_tokens", 1000, "--device", "cpu"]
     done = run_command("analyze.py", "intervene", runs / "carope", runs / "carope", *words)
     assert done.returncode == 0, done.stderr
     first, second = json.loads((tmp_path / "intervene.json").read_text())["runs"]
