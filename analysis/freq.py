@@ -2,9 +2,9 @@
 
     python analyze.py freq runs/small-carope --text "In 1969, three people flew to the Moon."
 
-f(x_t)_h is the angle in radians by which token t turns pair 1 in head h (2507.23083, section 2; RoPE: θ_1 for all); two tokens
-are Σ f of those after the first, up to the second, apart: φ_1, the phase distance. Read from the validation set in windows of
-the training length. Files: freq.json, freq.png (f by class, distribution, phase distance), freq.html and freq_text.png.
+f(x_t)_h is the angle in radians by which token t turns pair 1 in head h (2507.23083, section 2; RoPE: θ_1 for all). The phase
+distance φ_1 of two tokens is Σ f over the tokens after the first, up to the second. Both are read from the validation set in
+windows of the training length. Files: freq.json, freq.png (f by class, distribution, phase distance), freq.html, freq_text.png.
 
 Shapes: L sites (layers, or 1 where they share one f), H heads, W windows, T positions, N = W · T tokens.
 """

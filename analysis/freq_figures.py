@@ -184,8 +184,8 @@ def layout(tokens: list[str]) -> tuple[list[tuple[int, int, str]], int]:
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>f of {title}</title><style>
 body {{ font: 15px/1.5 sans-serif; color: #111; background: #fff; max-width: 72em; margin: 2em auto; padding: 0 1em }}
-p.row, summary {{ margin: .4em 0 }} small {{ color: #555; display: block }} details > div {{ margin-left: 1.5em }}
-code {{ font-size: 14px; white-space: pre-wrap; overflow-wrap: anywhere }}
+p.row, summary {{ margin: .4em 0 }} small {{ color: #555 }} details > div {{ margin-left: 1.5em }}
+code {{ display: block; font-size: 14px; white-space: pre-wrap; overflow-wrap: anywhere }}
 </style></head><body><h1>f of {title}</h1>
 <p>{about}</p>
 {groups}
