@@ -125,7 +125,7 @@ def rows(found: dict[str, Any]) -> list[list[tuple[str, list[float], list[float]
         mean_T = [sum(column) / n for column in zip(*f_HT, strict=True)]
         named = [(f"{layer}, mean of heads", mean_T, total)]
         named += [(f"head {head['head']}", f_T, head) for head, f_T in zip(heads, f_HT, strict=True)]
-        groups.append([(f"{name}: f = {of['mean']:.3f} ± {of['std']:.3f}", f_T, scaled(f_T, of)) for name, f_T, of in named])
+        groups.append([(f"{name}: f = {of['mean']:.3f} ± {of['std']:.2g}", f_T, scaled(f_T, of)) for name, f_T, of in named])
     return groups
 
 
