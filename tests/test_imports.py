@@ -14,10 +14,10 @@ LAYERS = [
     {"model"},
     {"evaluation", "training"},
     {"eval_ppl", "prepare_fineweb", "sample"},
-    {"train"},
+    {"analysis", "train"},
     {"benchmarks"},
     {"experiments"},
-    {"bench", "lab", "table1"},
+    {"analyze", "bench", "lab", "table1"},
 ]
 ON_DEMAND = {"rotary.py", "rotary_tiles.py"}  # kernels/support.py imports these where Triton is there and asked for
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
