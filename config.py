@@ -37,6 +37,10 @@ class Config(BaseModel):
     out_dir: str = Field("runs", description="where run folders are kept")
     data: str = Field("data/fineweb-edu-10B", description="folder of token shards, as prepare_fineweb.py writes it")
     seed: int = Field(1, ge=0, lt=2**63, description="seed of the initial weights")
+    init_from: str = Field(
+        "",
+        description="weights to start from: a run, a checkpoint or a Hugging Face GPT-2 (folder); of any encoding",
+    )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one, else cpu")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"

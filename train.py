@@ -19,6 +19,7 @@ from torch import nn
 from data import Batches, TokenStream, to_batch
 from distributed import Distributed, pick_device
 from eval_ppl import evaluate
+from huggingface.initial import load_initial
 from kernels.support import check_kernel
 from model import GPT
 from system.errors import command
@@ -42,6 +43,9 @@ def train(cfg: Config) -> int:
         optimizer = make_optimizer(model, cfg)
         guard = Guard(cfg, dist, model, batches)
         start = run.resume(model, optimizer, guard, [batches.stream, val])
+        if start == 0 and cfg.init_from:
+            with dist.together():
+                load_initial(cfg.init_from, model, say=dist.is_main)
         net = dist.wrap(model, cfg)
 
         for step in run.steps(start):  # one more than there are updates: the last pass evaluates and saves

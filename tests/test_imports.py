@@ -13,13 +13,15 @@ LAYERS = [
     {"data", "distributed"},
     {"model"},
     {"evaluation", "training"},
-    {"eval_ppl", "prepare_fineweb", "sample"},
+    {"huggingface"},
+    {"eval_ppl", "prepare_fineweb", "sample", "export_hf"},
     {"analysis", "train"},
     {"benchmarks"},
     {"experiments"},
     {"analyze", "bench", "lab", "table1"},
 ]
-ON_DEMAND = {"rotary.py", "rotary_tiles.py"}  # kernels/support.py imports these where Triton is there and asked for
+# kernels/support.py imports the first two where Triton is there and asked for, transformers the others
+ON_DEMAND = {"rotary.py", "rotary_tiles.py", "configuration_carope.py", "modeling_carope.py"}
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
 
 

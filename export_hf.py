@@ -1,0 +1,43 @@
+"""A run as a folder that Hugging Face's transformers loads: weights, configuration, tokenizer, model card.
+
+    python export_hf.py runs/small-learned exported/small-learned     a GPT2LMHeadModel
+    python export_hf.py runs/small-rope exported/small-rope           a GPTNeoXForCausalLM
+    python export_hf.py runs/small-carope exported/small-carope       our own code beside the weights: trust_remote_code=True
+
+Perplexities go into the model card where eval_ppl.py has left them: python eval_ppl.py RUN --json RUN/eval.json
+"""
+
+import argparse
+import sys
+
+import system.host  # noqa: F401  before torch, which reads what it sets
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; abbreviations are not taken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not be there yet, or be empty")
+    return parser.parse_args()
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
+    parse_args()
+
+from huggingface.export import export
+from system.errors import command
+
+
+@command
+def main() -> None:
+    """Write the folder and say how to load it."""
+    args = parse_args()
+    architecture = export(args.run, args.out)
+    code = ", trust_remote_code=True" if architecture.startswith("CARoPE") else ""
+    print(f"{args.out}: {architecture}; AutoModelForCausalLM.from_pretrained({args.out!r}{code})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Our own sources as the flat files that `trust_remote_code` loads beside the weights: one implementation, copied.
+
+transformers follows relative imports of files in one folder only, so `positional/base.py` becomes `positional_base.py` and
+`from positional.base import …` becomes `from .positional_base import …`; nothing else in a file is changed.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OURS = ("model", "positional", "kernels", "huggingface")
+START = "huggingface.modeling_carope"
+IMPORT = re.compile(rf"^([ \t]*from )((?:{'|'.join(OURS)})(?:\.\w+)*)(?= import)", re.MULTILINE)
+# The one file that is no copy: Triton, which transformers would want installed, is left out
+REPLACED = {
+    "kernels.support": '''"""Stands for kernels/support.py: here rotation is PyTorch's own, and Triton is not needed."""
+
+from typing import Any
+
+
+def rotation_kernel(kernel: str, encoding: Any) -> None:
+    """No kernel."""
+'''
+}
+
+
+def bundle() -> dict[str, str]:
+    """File name → text of `modeling_carope.py` and every file of ours that it needs."""
+    texts: dict[str, str] = {}
+    waiting = [START]
+    while waiting:
+        module = waiting.pop()
+        if flat(module) in texts:
+            continue
+        text = REPLACED.get(module) or source(module)
+        texts[flat(module)] = IMPORT.sub(lambda found: f"{found[1]}.{flat(found[2])}", text)
+        waiting += needs(text)
+    return {f"{name}.py": text for name, text in sorted(texts.items())}
+
+
+def flat(module: str) -> str:
+    """The name of a module in the one folder, e.g. positional_base."""
+    return module.removeprefix("huggingface.").replace(".", "_")
+
+
+def source(module: str) -> str:
+    """The text of one of our modules."""
+    path = ROOT.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def needs(text: str) -> list[str]:
+    """The modules of ours that a module imports."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and not node.level]
+    return [node.module for node in nodes if node.module and node.module.partition(".")[0] in OURS]

@@ -1,0 +1,148 @@
+"""Exports: transformers loads them, computes our logits, generates our tokens; tokenizers give our ids."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import ROOT, run_command
+from test_positional import build
+
+from huggingface.bundle import bundle, needs
+from huggingface.export import export
+from positional import ENCODINGS
+from system.errors import UserError
+from text.tokenizer import load_tokenizer
+from training.checkpoint import MODEL, OPTIMIZER, State, write_checkpoint
+
+ALL = sorted(ENCODINGS)
+TEXT = "Return the naïve\tsum — of 12,345 € …\n\n  It's    done. 日本"
+
+
+def saved(run, encoding: str, tokenizer: str = "bytes", vocab: int = 320):
+    """A run folder with a checkpoint of a small model that is away from its start."""
+    model = build(encoding, f"--vocab_size={vocab}", f"--name=a-{encoding}")
+    state = State(
+        step=3, tokens=300, config=model.cfg.model_dump(), tokenizer=tokenizer, train_tokens=1000, shards=[], val_loss=2.5,
+        val_step=3, log_bytes=0, guard={}, git="abc",
+    )  # fmt: skip
+    write_checkpoint(run, {MODEL: model.state_dict(), OPTIMIZER: {}}, state)
+    return model
+
+
+@pytest.fixture
+def transformers(monkeypatch, tmp_path):
+    found = pytest.importorskip("transformers", reason="pip install -r requirements-eval.txt")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return found
+
+
+@pytest.mark.parametrize("encoding", ALL)
+def test_transformers_computes_our_logits_and_generates_our_tokens(transformers, tmp_path, encoding):
+    ours = saved(tmp_path / "run", encoding)
+    architecture = export(tmp_path / "run", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=encoding not in ("learned", "rope")
+    ).eval()
+    assert type(theirs).__name__ == architecture
+    if encoding not in ("learned", "rope"):  # the code beside the weights, and not that of this process
+        assert type(theirs.transformer).__module__.startswith("transformers_modules.")
+    assert sum(p.numel() for p in theirs.parameters()) == ours.n_params()["total"] - (320 - 257) * 32
+    idx = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[..., :257], atol=1e-4, rtol=0)
+    prompt, n_new = idx[:, :5], 20
+    mine = torch.stack(list(ours.generate(prompt, n_new, 257, temperature=0)), dim=1)
+    options = {"max_new_tokens": n_new, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    torch.testing.assert_close(theirs.generate(prompt, **options)[:, 5:], mine)
+
+
+def test_the_cache_is_used_and_beams_reorder_it(transformers, tmp_path):
+    saved(tmp_path / "run", "carope_hidden")
+    export(tmp_path / "run", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    widths = []
+    model.transformer.register_forward_pre_hook(lambda _, args: widths.append(args[0].size(1)))
+    prompt = torch.arange(10).view(2, 5)
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "eos_token_id": None, "pad_token_id": 256}
+    cached = model.generate(prompt, **options)
+    assert widths == [5] + 7 * [1]
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **options))
+    loss = model(prompt, labels=prompt).loss
+    torch.testing.assert_close(loss, model.transformer(prompt[:, :-1], prompt[:, 1:].contiguous()))
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="padding on the left"):
+        model(prompt, attention_mask=mask)
+    torch.testing.assert_close(model(prompt, attention_mask=mask.flip(1)).logits, model(prompt).logits)
+
+
+@pytest.mark.parametrize(("name", "vocab"), [("bytes", 320), ("gpt2", 50304)])
+def test_the_tokenizer_gives_our_ids(transformers, tmp_path, name, vocab):
+    saved(tmp_path / "run", "carope", name, vocab)
+    export(tmp_path / "run", tmp_path / "out")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(name)
+    ids = ours.encode(TEXT).tolist()
+    assert theirs.encode(TEXT) == ids and theirs.decode(ids) == TEXT
+    assert len(theirs) == ours.n_vocab and theirs.eos_token_id == theirs.bos_token_id == ours.eot
+
+
+def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers_only():
+    import ast
+    import sys
+
+    files = bundle()
+    for name, text in files.items():
+        nodes = list(ast.walk(ast.parse(text)))
+        named = [n.names[0].name for n in nodes if isinstance(n, ast.Import)]
+        named += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+        assert {n.partition(".")[0] for n in named} <= {"torch", "transformers", *sys.stdlib_module_names}, name
+        assert needs(text) == []
+        relative = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level}
+        assert {f"{module}.py" for module in relative} <= files.keys()
+    assert {"modeling_carope.py", "configuration_carope.py", "model.py", "positional.py", "kernels_bias.py"} <= files.keys()
+    assert files["positional_carope.py"] == (ROOT / "positional/carope.py").read_text().replace(
+        "from positional.rotary import", "from .positional_rotary import"
+    ).replace("from positional.base import", "from .positional_base import")
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "out"
+    saved(run, "alibi")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    done = run_command("export_hf.py", run, tmp_path / "taken")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is there already" in done.stderr
+    before = sorted(os.listdir(tmp_path))
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface.export.save_file", fail)
+        with pytest.raises(UserError, match="No space left"):
+            export(run, out)
+    assert sorted(os.listdir(tmp_path)) == before
+    out.mkdir()
+    assert export(run, out) == "CARoPEForCausalLM"
+
+
+def test_the_model_card_says_what_the_run_says(tmp_path):
+    run = tmp_path / "run"
+    saved(run, "carope")
+    results = [{"length": 512, "perplexity": 7.25, "tokens": 1000, "step": 3, "rope_scaling": None}]
+    export(run, tmp_path / "first")
+    (run / "eval.json").write_text(json.dumps(results))
+    export(run, tmp_path / "second")
+    first, second = ((tmp_path / name / "README.md").read_text() for name in ("first", "second"))
+    assert "2.5000 nats" in first and "| 512 | 7.25 | 1,000 |" in second
+    assert "license: mit" in first and "`carope`" in first and "| tokens seen | 300 |" in first and "abc" in first
+
+
+def test_an_encoding_from_elsewhere_is_refused(tmp_path, monkeypatch):
+    class Elsewhere(ENCODINGS["rope"]):
+        pass
+
+    monkeypatch.setitem(ENCODINGS, "elsewhere", Elsewhere)
+    saved(tmp_path / "run", "elsewhere")
+    with pytest.raises(UserError, match="move it there"):
+        export(tmp_path / "run", tmp_path / "out")
