@@ -167,28 +167,38 @@ def record(name: str, length: int, nll_W: Tensor, plain_W: Tensor) -> dict[str, 
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity by length, a point per replacement, a panel per run; dotted is f as learned, errors are paired."""
-    figure, axes = panels(1, len(found), width=5.2, height=4.2, sharey=True)
-    for one, axis in zip(found, axes[0], strict=True):
-        lengths = sorted({r["length"] for r in one["results"]})
-        for x, length in enumerate(lengths):
-            (plain,) = [r["perplexity"] for r in one["results"] if (r["length"], r["f"]) == (length, "none")]
-            axis.plot([x - 0.4, x + 0.4], [plain, plain], **BASELINE)
-        for i, (name, label) in enumerate(LABELS.items()):
-            shown = [r for r in one["results"] if r["f"] == name]
-            at = [lengths.index(r["length"]) + 0.14 * (i - 2) for r in shown]
-            error = [r["perplexity"] * r["difference_stderr"] for r in shown]
-            style = line(i) | {"linestyle": "none", "markersize": 6}
-            axis.errorbar(at, [r["perplexity"] for r in shown], error, label=label, capsize=2, elinewidth=1, **style)
-        axis.set_xticks(range(len(lengths)), [mark(n, one["block_size"]) for n in lengths])
-        axis.set(title=one["run"], xlabel="length, tokens")
-        axis.grid(axis="x", visible=False)
+    """Perplexity by length, and below it the difference in nats, a point per replacement and a column of panels per run."""
+    figure, axes = panels(2, len(found), width=5.2, height=3.4)
     every = [r["perplexity"] for one in found for r in one["results"]]
+    for column, one in enumerate(found):
+        above, below = axes[:, column]
+        above.sharey(axes[0, 0])
+        draw_points(above, one, "perplexity", [0.0] * len(one["results"]))
+        draw_points(below, one, "difference", [r["difference_stderr"] for r in one["results"]])
+        above.set(title=one["run"], ylabel="perplexity")
+        below.set(xlabel="length, tokens", ylabel="difference, nats (± paired std. error)")
     if max(every) > 3 * min(every):
         plain_log_y(axes[0, 0])
-    axes[0, 0].set_ylabel("perplexity (bars: paired standard error)")
-    axes[0, 0].legend(fontsize=8, title="f of each token")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, title="f of each token"
+    )
     save(figure, path)
+
+
+def draw_points(axis: Any, one: dict[str, Any], key: str, errors: list[float]) -> None:
+    """A figure of each record of a run by length, side by side; dotted is f as learned."""
+    lengths = sorted({r["length"] for r in one["results"]})
+    for i, (name, label) in enumerate(LABELS.items()):
+        shown = [(lengths.index(r["length"]), r[key], e) for r, e in zip(one["results"], errors, strict=True) if r["f"] == name]
+        if name == "none":
+            for x, y, _ in shown:
+                axis.plot([x - 0.4, x + 0.4], [y, y], **BASELINE)
+        style = line(i) | {"linestyle": "none", "markersize": 6, "capsize": 2, "elinewidth": 1}
+        axis.errorbar(
+            [x + 0.14 * (i - 2) for x, _, _ in shown], [y for _, y, _ in shown], [e for _, _, e in shown], label=label, **style
+        )
+    axis.set_xticks(range(len(lengths)), [mark(n, one["block_size"]) for n in lengths])
+    axis.grid(axis="x", visible=False)
 
 
 def mark(length: int, block_size: int) -> str:
