@@ -8,7 +8,7 @@
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 
 ENV DEBIAN_FRONTEND=noninteractive PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 \
-    PATH=/opt/venv/bin:$PATH HOME=/tmp/home HF_HOME=/app/data/.huggingface
+    PATH=/opt/venv/bin:$PATH USER=carope HOME=/tmp/home HF_HOME=/app/data/.huggingface
 # torch.compile needs a C++ compiler and Python's headers
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential git python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* && python3 -m venv /opt/venv

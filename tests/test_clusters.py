@@ -44,6 +44,7 @@ def slurm(folder: Path, srun: str, **env: str) -> dict[str, str]:
     with socket.socket() as probe:  # the script's port is 29500 + the job's number modulo 1000
         job = next(n for n in range(os.getpid() % 900, 1000) if probe.connect_ex(("127.0.0.1", 29500 + n)))
     of_slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    of_slurm["SLURM_CPUS_PER_TASK"] = "4"
     path = {"PATH": f"{bin_}:{os.environ['PATH']}", "CALLS": str(folder / "calls"), "PYTHON": sys.executable}
     return os.environ | of_slurm | path | {"OMP_NUM_THREADS": "1"} | env
 
@@ -76,7 +77,19 @@ def test_what_the_exit_code_of_a_step_leads_to(corpus, tmp_path, code, restarts,
     steps = (tmp_path / "calls.srun").read_text().splitlines()
     assert len(steps) == (3 if code == 0 else 1), "two runs and the table, or none after the first that failed"
     assert "config/tiny.toml config/rope.toml" in steps[0] and "--nnodes=2" in steps[0] and steps[0].endswith("--seed=2")
+    assert steps[0].startswith("--cpus-per-task=4 ")
     assert code or "table1.py --nproc 1 --sizes tiny --encodings rope carope --lengths 512 1024" in steps[-1]
+
+
+def test_a_signal_that_comes_before_python_is_ready_queues_again(corpus, tmp_path):
+    """srun ends as a process does that a signal kills."""
+    srun = '#!/bin/sh\ntrap "exit 138" USR1\necho >> "$CALLS.srun"\nwhile :; do sleep 0.05; done\n'
+    env = slurm(tmp_path, srun, DATA=str(corpus))
+    job = subprocess.Popen(["bash", SCRIPT], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(job, (tmp_path / "calls.srun").exists)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=20)
+    assert job.returncode == EXIT_REQUEUE and calls(tmp_path)[-1] == f"requeue {env['SLURM_JOB_ID']}", err
 
 
 def test_without_data_it_says_how_to_get_it(tmp_path):

@@ -292,6 +292,7 @@ def test_refused(tmp_path, monkeypatch):
     assert "no .bin or .npy files there" in error_of("--pretokenized", folder_of(tmp_path / "none", {}), *out)
     assert "no folder here, nor OWNER/NAME" in error_of("--pretokenized", tmp_path / "nowhere", *out)
     assert "say with --out" in error_of("--pretokenized", "someone/shards")
+    assert str(prepare_fineweb.parse_args(["--pretokenized", OWNER]).out) == load_config([]).data, "what train.py reads"
     for words in (["--source", "demo"], ["--tokenizer", "bytes"], ["--shard_tokens", "5"], ["--val_tokens", "5"]):
         assert f"{words[0]} does not go with --pretokenized" in error_of("--pretokenized", theirs, *out, *words)
     shutil.copy(theirs / VAL, theirs / FIRST)
