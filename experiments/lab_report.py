@@ -1,6 +1,6 @@
 """What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure.
 
-python -m experiments.lab_report    puts results/lab-cpu.json into docs/findings.md
+python -m experiments.lab_report    puts results/lab-cpu.json and intervene-cpu.json into docs/findings.md
 """
 
 import json
@@ -185,14 +185,48 @@ def family(encoding: str) -> str:
 PAGE = ROOT / "docs/findings.md"
 
 
+def render_interventions(found: dict[str, Any]) -> str:
+    """A row per replacement of f, a column per encoding and length: what it adds to the loss, over the runs of the encoding."""
+    at: dict[tuple[str, str, int], list[float]] = {}
+    for run in found["runs"]:
+        for r in run["results"]:
+            at.setdefault((r["f"], run["encoding"], r["length"]), []).append(r["difference"])
+    columns = list(dict.fromkeys((encoding, length) for _, encoding, length in at))
+    heads = [f"{encoding}, {length}" for encoding, length in columns]
+    lines = [f"| nats per token more with f | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for change, words in REPLACED.items():
+        cells = []
+        for encoding, length in columns:
+            mean, error = mean_and_error(at[change, encoding, length])
+            cells.append(f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    n = {encoding: sum(run["encoding"] == encoding for run in found["runs"]) for encoding, _ in columns}
+    return "\n".join(lines) + f"\n\nMean ± standard error over {min(n.values())} runs each.\n"
+
+
+REPLACED = {
+    "shuffle": "of other tokens of the window",
+    "other": "of another window",
+    "mean": "its mean per head",
+    "rope": "RoPE's θ₁",
+}
+
+
+def blocks() -> dict[str, str]:
+    """Text for each marker of the page."""
+    lab, interventions = (json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("lab", "intervene"))
+    return {"lab": render(lab), "intervene": render_interventions(interventions)}
+
+
 def write_page() -> None:
-    """Put the table of results/lab-cpu.json into docs/findings.md, and its figure beside the page."""
-    found = json.loads((ROOT / "results/lab-cpu.json").read_text())
-    draw(found, PAGE.parent / "lab-cpu.png")
-    before, rest = PAGE.read_text().split("<!-- lab -->\n")
-    after = rest.partition("<!-- end -->")[2]
+    """Put the tables into docs/findings.md, and the laboratory's figure beside the page."""
+    page = PAGE.read_text()
+    for name, text in blocks().items():
+        before, rest = page.split(f"<!-- {name} -->\n")
+        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.partition('<!-- end -->')[2]}"
     with atomic_write(PAGE, "w") as file:
-        file.write(f"{before}<!-- lab -->\n{render(found)}<!-- end -->{after}")
+        file.write(page)
+    draw(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
 
 
 if __name__ == "__main__":
