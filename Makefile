@@ -26,7 +26,7 @@ test: $(VENV)/.installed-dev ## the tests, without the slow ones
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy .
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(VENV)/.installed-dev ## all tests
 	$(PY) -m pytest

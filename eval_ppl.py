@@ -3,16 +3,18 @@
     python eval_ppl.py runs/small-carope runs/small-rope --lengths 512 1024
     torchrun --standalone --nproc_per_node=2 eval_ppl.py runs/small-carope --json results.json
     python eval_ppl.py runs/small-rope --lengths 1024 2048 --rope_scaling yarn --scale 4
+    python eval_ppl.py runs/small-carope --lengths 512 2048 8192 --stride 256 --figure position.png
 
 Windows do not overlap: with length T, window w predicts tokens wT+1 … wT+T from the at most T tokens before each inside
 the window, the last window is what is left. So every token of the evaluation set but the first is predicted exactly
-once, whatever T is. Perplexity is exp of the mean of their negative log-likelihoods.
+once, whatever T is. Perplexity is exp of the mean of their negative log-likelihoods. With --stride S windows begin S tokens
+after each other and only the last S tokens of each count, of the first all: the same tokens, each with more before it.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,9 @@ def parse_args() -> argparse.Namespace:
     add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--lengths", nargs="+", type=int, default=[512, 1024], metavar="T", help="window lengths, tokens [default: 512 1024]")
     add("--max_tokens", "--max-tokens", type=int, default=0, help="evaluate the first so many tokens only [default: all]")
+    add("--stride", type=int, default=0, metavar="S", help="tokens from one window to the next [default: its length]")
+    add("--per_position", "--per-position", action="store_true", help="loss against position in the window, into the JSON too")
+    add("--figure", metavar="FILE.png", help="draw it; implies --per_position")
     add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte of logits]")
     add("--data", help="folder of token shards [default: the one the run was trained on]")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
@@ -56,8 +61,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import TokenStream, to_batch
+from data import TokenStream
 from distributed import Distributed, local_and_eager, pick_dtype
+from evaluation.windows import Profile, Windows, losses
 from model import GPT
 from positional.scaling import SCALINGS, rescale
 from system.errors import UserError, command
@@ -94,16 +100,20 @@ def evaluate(
     max_tokens: int = 0,
     progress: bool = False,
     before_each: Callable[[], object] | None = None,
+    stride: int = 0,
+    profile: Profile | None = None,
 ) -> Evaluation:
     """Evaluate `net` in windows of `length`, `batch` windows at a time, sharded over ranks; every rank must call it.
 
     `max_tokens` limits the targets to the first so many; 0 is all of the stream. `before_each` is called before each batch,
-    the same number of times on every rank; what it raises ends the evaluation.
+    the same number of times on every rank; what it raises ends the evaluation. `stride` is that of the windows, 0 their length;
+    a `profile` takes in the loss against position.
     """
     local, eager = local_and_eager(net)  # odd-shaped batches go to the eager model: compiling for them does not pay
     n_tokens = min(len(stream) - 1, max_tokens or len(stream))
-    n_windows = math.ceil(n_tokens / length)
-    chunks = list(_chunks(n_tokens, length, batch))
+    windows = Windows(n_tokens, length, stride or length)
+    n_windows = len(windows)
+    chunks = list(windows.chunks(batch))
     rounds = [chunks[i : i + dist.world_size] for i in range(0, len(chunks), dist.world_size)]
     sums_W = torch.zeros(n_windows, dtype=torch.float64, device=dist.device)
     training = eager.training
@@ -118,30 +128,24 @@ def evaluate(
                 if idle and not is_sharded(eager):
                     continue
                 first, count, width = at_once[0 if idle else dist.rank]  # a shard is needed by the others: it comes along
-                x_BT, y_BT = to_batch(stream.read(first * length, count * width + 1), width, dist.device)
+                x_BT, y_BT = windows.read(stream, first, count, width, dist.device)
                 regular = (count, width) == (batch, length)
                 with nullcontext() if regular else uncompiled(eager):
-                    nll_B = (local if regular else eager)(x_BT, y_BT, reduction="none").double().sum(1)
+                    nll_BT = losses(local if regular else eager, x_BT, y_BT)
                 if not idle:
-                    sums_W[first : first + count] = nll_B
+                    sums_W[first : first + count] = windows.counted(nll_BT, first).sum(1)
+                if profile and not idle:
+                    profile.add(nll_BT)
     finally:
         eager.train(training)
     dist.sum_(sums_W)
-    sizes_W = torch.full_like(sums_W, length)
-    sizes_W[-1] = n_tokens - (n_windows - 1) * length
+    if profile:
+        dist.sum_(profile.moments_3K)
+    sizes_W = windows.sizes(dist.device)
     nll = (sums_W.sum() / n_tokens).item()
     spread = (sums_W - nll * sizes_W).square().sum().item()
     stderr = math.sqrt(spread * n_windows / (n_windows - 1)) / n_tokens if n_windows > 1 else math.nan
     return Evaluation(nll, stderr, n_tokens)
-
-
-def _chunks(n_tokens: int, length: int, batch: int) -> Iterable[tuple[int, int, int]]:
-    """(first window, number of windows, their length) of each forward pass."""
-    whole, rest = divmod(n_tokens, length)
-    for first in range(0, whole, batch):
-        yield first, min(batch, whole - first), length
-    if rest:
-        yield whole, 1, rest
 
 
 def evaluate_run(
@@ -155,6 +159,8 @@ def evaluate_run(
     dtype: str | None = None,
     rope_scaling: str | None = None,
     scale: float | None = None,
+    stride: int = 0,
+    per_position: bool = False,
 ) -> list[dict[str, Any]]:
     """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions.
 
@@ -175,12 +181,17 @@ def evaluate_run(
             "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state.step,
             "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": str(folder),
             "max_tokens": max_tokens, "rope_scaling": rope_scaling, "scale": scale,
+            "stride": stride or length, "block_size": model.cfg.block_size,
         }  # fmt: skip
         if model.max_len is None or length <= model.max_len:
             windows = batch or default_batch(length, model.cfg.vocab_size)
-            found = evaluate(model, stream, length, windows, dist, max_tokens, progress=dist.is_main)
+            profile = Profile(length, dist.device) if per_position else None
+            found = evaluate(
+                model, stream, length, windows, dist, max_tokens, progress=dist.is_main, stride=stride, profile=profile
+            )
             stderr = None if math.isnan(found.stderr) else found.stderr  # of a single window it is unknown
             result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": stderr}
+            result |= {"per_position": profile.summary()} if profile else {}
         results.append(result)
     return results
 
@@ -230,17 +241,29 @@ def main() -> None:
         ("lengths", 1, args.lengths),
         ("max_tokens", 0, [args.max_tokens]),
         ("batch", 0, [args.batch]),
+        ("stride", 0, [args.stride]),
     ):
         if min(values) < smallest:
             raise UserError(f"--{flag} = {min(values)}: must be at least {smallest}")
+    if args.stride > min(args.lengths):
+        shortest = f"the shortest of --lengths = {min(args.lengths)}"
+        raise UserError(f"--stride = {args.stride}: tokens between windows would not count; must be at most {shortest}")
+    for path in filter(None, (args.json, args.figure)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path}: its folder is not there; make it first")
     with Distributed.start(args.device, args.dtype or "auto") as dist:
         results: list[dict[str, Any]] = []
         for path in args.runs:
             options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
             options |= {"rope_scaling": args.rope_scaling, "scale": args.scale}
+            options |= {"stride": args.stride, "per_position": args.per_position or bool(args.figure)}
             results += evaluate_run(path, args.lengths, dist, **options)
             if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
                 write_json(Path(args.json), results)
+        if dist.is_main and args.figure:
+            from evaluation.figures import draw_profiles
+
+            draw_profiles(results, Path(args.figure))
         if dist.is_main:
             print(render(results))
             tokens = max((r["tokens"] or 0 for r in results), default=0)

@@ -3,6 +3,7 @@
 python prepare_fineweb.py                                    # FineWeb-Edu sample-10BT → data/fineweb-edu-10B, 10B tokens, 20 GB
 python prepare_fineweb.py --source demo                      # the English inside Python, as bytes → data/demo, 2 MB
 python prepare_fineweb.py --source 'texts/*.parquet' notes/ --out data/mine
+python prepare_fineweb.py --pretokenized kjj0/finewebedu10B-gpt2    # 10B tokens of FineWeb-Edu that others have tokenized
 
 The stream is <|endoftext|> before each document, documents in the source's order, special tokens in a text encoded as
 text; shard 0 is validation. That is token for token what build-nanogpt's and llm.c's fineweb.py write. Interrupted at
@@ -24,7 +25,9 @@ from typing import Any, NoReturn
 
 from system.errors import UserError, command
 from system.files import locked, write_json
-from text.shards import MANIFEST, read_manifest
+from text.pretokenized import FINEWEB_TOKENS, adopt
+from text.progress import gigabytes, progress_bar
+from text.shards import MANIFEST, SCRATCH, SHARD_SUFFIXES, read_manifest
 from text.sources import Source, is_hub, open_source
 from text.token_stream import (
     PROGRESS,
@@ -40,7 +43,7 @@ from text.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 FINEWEB = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # of English, to estimate with
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
-SCRATCH = ".download"
+DOWNLOADS = 4  # at a time
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Job:
     val_tokens: int
     limit_tokens: int | None
     workers: int
+    pretokenized: str | None = None
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -64,6 +68,8 @@ class Job:
 
 def prepare(job: Job) -> None:
     """Write the shards and the manifest of `job`, or what is missing of them. Raises UserError."""
+    if job.pretokenized:
+        return adopt(job.pretokenized, job.out, job.limit_tokens, job.workers)
     tokenizer = load_tokenizer(job.tokenizer)
     try:
         with locked(job.out):
@@ -134,34 +140,6 @@ def expected_tokens(source: Source, tokenizer: str, limit_tokens: int | None) ->
     return min(expected, limit_tokens) if limit_tokens else expected
 
 
-def gigabytes(n_bytes: int) -> str:
-    """Bytes for people, in units of 1000."""
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
-
-
-def progress_bar(expected: int, done: int) -> Any:  # -> tqdm
-    """A bar in tokens on a terminal; a line every ten seconds elsewhere."""
-    from tqdm import tqdm
-
-    class Lines:
-        flush = sys.stderr.flush
-
-        def write(self, text: str) -> None:
-            if line := text.strip("\r\n").rstrip():
-                sys.stderr.write(line + "\n")
-
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=expected,
-        initial=done,
-        unit="tok",
-        unit_scale=True,
-        dynamic_ncols=terminal,
-        mininterval=0.1 if terminal else 10,
-        file=sys.stderr if terminal else Lines(),
-    )
-
-
 def report(out: Path, state: str) -> None:
     """Say what is in the finished folder. Raises UserError if a shard is missing or has the wrong size."""
     manifest = read_manifest(out) or {}
@@ -213,6 +191,11 @@ def parse_args(argv: list[str]) -> Job:
         "HF_HUB_OFFLINE are honored); or local .parquet, .jsonl[.gz|.zst] and .txt[.gz|.zst] files, folders and quoted "
         f"patterns (column or key `text`; a txt file is one document); or demo (default: {FINEWEB})",
     )  # fmt: skip
+    add(
+        "--pretokenized", metavar="WHERE",
+        help="instead of text, shards of GPT-2's tokens: OWNER/NAME[@REVISION][/FOLDER] on the hub or a local folder, with "
+        ".bin files of llm.c or .npy files of build-nanogpt; what says val is validation, else the first",
+    )  # fmt: skip
     add("--out", type=Path, help="folder for the shards (default: data/fineweb-edu-10B, for the demo data/demo)")
     add("--tokenizer", help=f"{' or '.join(TOKENIZERS)} (default: gpt2, for the demo bytes)")
     add(
@@ -227,16 +210,22 @@ def parse_args(argv: list[str]) -> Job:
         metavar="N",
         help="tokens of validation (default: shard_tokens, demo 200_000, local files one in a hundred)",
     )
-    add("--limit_tokens", type=positive, metavar="N", help="stop after this many tokens in all (default: the whole source)")
+    add(
+        "--limit_tokens",
+        type=positive,
+        metavar="N",
+        help="stop after this many tokens in all, of shards after the one that has them (default: all)",
+    )
     add(
         "--workers",
         type=positive,
         metavar="N",
-        default=n_cores(),
-        help="encoding threads (default: all cores, %(default)s here)",
+        help=f"encoding threads (default: all cores, {n_cores()} here), or downloads at a time (default: {DOWNLOADS})",
     )
     args = parser.parse_args([re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv])
-
+    if args.pretokenized:
+        return pretokenized_job(args)
+    workers = args.workers or n_cores()
     source, demo = args.source or [FINEWEB], args.source == ["demo"]
     out = args.out or {FINEWEB: Path("data/fineweb-edu-10B"), "demo": Path("data/demo")}.get(" ".join(source))
     if out is None:
@@ -252,7 +241,19 @@ def parse_args(argv: list[str]) -> Job:
             f"--limit_tokens {args.limit_tokens:,} is all taken by the {val_tokens:,} tokens of validation, nothing is left to "
             "train on; raise it or give a smaller --val_tokens"
         )
-    return Job(source, out, tokenizer, shard_tokens, val_tokens, args.limit_tokens, args.workers)
+    return Job(source, out, tokenizer, shard_tokens, val_tokens, args.limit_tokens, workers)
+
+
+def pretokenized_job(args: argparse.Namespace) -> Job:
+    """The Job of --pretokenized, which leaves nothing to choose about the tokens. Raises UserError."""
+    where = args.pretokenized
+    for name in ("source", "tokenizer", "shard_tokens", "val_tokens"):
+        if getattr(args, name) not in (None, "gpt2"):
+            raise UserError(f"--{name} does not go with --pretokenized: the shards are taken as they are, of GPT-2's tokens")
+    out = args.out or {FINEWEB_TOKENS: Path("data/fineweb-edu-10B")}.get(where)
+    if out is None:
+        raise UserError(f"--pretokenized {where}: say with --out which folder its shards go to, e.g. --out data/mine")
+    return Job([], out, "gpt2", 0, 0, args.limit_tokens, args.workers or DOWNLOADS, where)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -274,8 +275,7 @@ def main() -> int:
     try:
         prepare(job)
     except Interrupted as stop:
-        earlier, _ = read_earlier(job.out) if job.out.exists() else ({}, False)
-        n_shards = len(earlier.get("shards", []))
+        n_shards = sum(len(list(job.out.glob(f"*{suffix}"))) for suffix in SHARD_SUFFIXES)
         print(
             f"interrupted: {n_shards} shards are finished in {job.out}; the same command continues after them", file=sys.stderr
         )

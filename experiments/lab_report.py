@@ -1,4 +1,7 @@
-"""What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure."""
+"""What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure.
+
+python -m experiments.lab_report    puts results/lab-cpu.json and intervene-cpu.json into docs/findings.md
+"""
 
 import json
 import math
@@ -10,16 +13,21 @@ from typing import Any
 
 import torch
 
-from experiments.plan import Entry, read_results
+from experiments.plan import ROOT, Entry, read_results
 from positional import ENCODINGS
 from system.files import atomic_write
 from training.provenance import git_version
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
-TITLES = {
-    "base": "none", "additive": "added to embeddings", "rotary": "rotary", "carope": "context-aware rotary",
-    "bias": "bias by distance", "context": "bias by content", "weighted": "other", "path": "other",
-}  # fmt: skip
+TITLES = {  # by the file of positional/ that an encoding is in
+    "base": "none, or added to embeddings",
+    "additive": "none, or added to embeddings",
+    "rotary": "rotary",
+    "comrope": "rotary",
+    "carope": "context-aware rotary",
+    "bias": "bias by distance",
+    "context": "bias by content",
+}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -131,8 +139,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     families: dict[str, list[str]] = {}
     for encoding in dict.fromkeys(r["encoding"] for r in found["summary"]):
         families.setdefault(family(encoding), []).append(encoding)
+    families = {title: names for title, names in families.items() if names != [found["baseline"]]} or families
     lengths = sorted({r["length"] for r in found["summary"]})
-    columns = min(3, len(families))
+    columns = 2 if len(families) in (2, 4) else min(3, len(families))
     rows = math.ceil(len(families) / columns)
     size = (4.2 * columns, 3.4 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True)
@@ -171,3 +180,54 @@ def family(encoding: str) -> str:
     """The family of an encoding, or of the encoding that a configuration of another name is a variant of."""
     module = ENCODINGS[encoding].__module__.rpartition(".")[2] if encoding in ENCODINGS else "other"
     return TITLES.get(module, "other")
+
+
+PAGE = ROOT / "docs/findings.md"
+
+
+def render_interventions(found: dict[str, Any]) -> str:
+    """A row per replacement of f, a column per encoding and length: what it adds to the loss, over the runs of the encoding."""
+    at: dict[tuple[str, str, int], list[float]] = {}
+    for run in found["runs"]:
+        for r in run["results"]:
+            at.setdefault((r["f"], run["encoding"], r["length"]), []).append(r["difference"])
+    columns = list(dict.fromkeys((encoding, length) for _, encoding, length in at))
+    heads = [f"{encoding}, {length}" for encoding, length in columns]
+    lines = [f"| nats per token more with f | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for change, words in REPLACED.items():
+        cells = []
+        for encoding, length in columns:
+            mean, error = mean_and_error(at[change, encoding, length])
+            cells.append(f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    n = {encoding: sum(run["encoding"] == encoding for run in found["runs"]) for encoding, _ in columns}
+    return "\n".join(lines) + f"\n\nMean ± standard error over {min(n.values())} runs each.\n"
+
+
+REPLACED = {
+    "shuffle": "of other tokens of the window",
+    "other": "of another window",
+    "mean": "its mean per head",
+    "rope": "RoPE's θ₁",
+}
+
+
+def blocks() -> dict[str, str]:
+    """Text for each marker of the page."""
+    lab, interventions = (json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("lab", "intervene"))
+    return {"lab": render(lab), "intervene": render_interventions(interventions)}
+
+
+def write_page() -> None:
+    """Put the tables into docs/findings.md, and the laboratory's figure beside the page."""
+    page = PAGE.read_text()
+    for name, text in blocks().items():
+        before, rest = page.split(f"<!-- {name} -->\n")
+        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    with atomic_write(PAGE, "w") as file:
+        file.write(page)
+    draw(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
+
+
+if __name__ == "__main__":
+    write_page()

@@ -71,10 +71,10 @@ def write_parquet(path, documents, **options):
 
 
 def start(*args, env=None, constants=None, **options):
-    """prepare_fineweb.py as a process, where asked with other `constants` of sources.py, to wait less."""
+    """prepare_fineweb.py as a process, where asked with other `constants` of text/hub.py, to wait less."""
     script = str(ROOT / "prepare_fineweb.py")
     changed = (
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import sources; vars(sources).update({constants}); "
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import text.hub; vars(text.hub).update({constants}); "
         f"runpy.run_path({script!r}, run_name='__main__')"
     )
     command = [sys.executable, *(["-c", changed] if constants else [script]), *map(str, args)]
@@ -128,9 +128,10 @@ class Hub(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files, watched):
+    def __init__(self, files, watched, repo=REPO, folder=FOLDER):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.watched, self.downloads, self.on_disk, self.status = files, watched, [], [], None
+        self.repo, self.folder = repo, folder
         self.tokens, self.head, self.gate = set(), COMMIT, threading.Event()
         self.checksums, self.cdn = True, None  # whether the listing has them; the host that files are redirected to
         self.faults: dict[str, list[Fault]] = {}
@@ -170,22 +171,22 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("Authorization"))
         start = int((re.match(r"bytes=(\d+)-$", self.headers.get("Range", "")) or [0, 0])[1])
         fault = self.fault(Request(time.monotonic(), path, start, self.headers.get("Authorization"))) if body else Fault()
-        tree = f"/api/datasets/{REPO}/tree/{COMMIT}/{FOLDER}".replace("sample/10BT", "sample%2F10BT")
+        tree = f"/api/datasets/{hub.repo}/tree/{COMMIT}" + (f"/{hub.folder}" if hub.folder else "")
         if hub.status:
             return self.reply(hub.status, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
         if fault.status:
             return self.reply(fault.status, b"{}", fault.headers, body)
-        if path.startswith(f"/api/datasets/{REPO}/revision/"):
+        if path.startswith(f"/api/datasets/{hub.repo}/revision/"):
             commit = path.split("/")[-1].replace("main", hub.head)
-            return self.reply(200, json.dumps({"id": REPO, "sha": commit, "siblings": []}).encode(), {}, body, fault)
-        if path in (tree, tree.replace("%2F", "/")):
+            return self.reply(200, json.dumps({"id": hub.repo, "sha": commit, "siblings": []}).encode(), {}, body, fault)
+        if path.replace("%2F", "/") == tree:
             return self.reply(
                 200, json.dumps([entry(*file, hub.checksums) for file in hub.files.items()]).encode(), {}, body, fault
             )
         if hub.cdn and not path.startswith("/cdn/"):
             location = f"http://{hub.cdn}:{hub.server_port}/cdn/{path.partition(COMMIT)[2][1:]}?signature=x"
             return self.reply(302, b"", {"Location": location}, body)
-        name = re.sub(f"^(/datasets/{REPO}/resolve/({COMMIT}|main)|/cdn)/", "", path)
+        name = re.sub(f"^(/datasets/{hub.repo}/resolve/({COMMIT}|main)|/cdn)/", "", path)
         if name not in hub.files:
             return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
         if body:
@@ -228,10 +229,10 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 
 def entry(path, data, checksums=True):
-    """A file in the hub's listing; parquet files lie in its large file storage."""
+    """A file in the hub's listing; all but text lies in its large file storage."""
     blob = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
     large = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return blob | ({"lfs": large} if checksums and path.endswith("parquet") else {})
+    return blob | ({"lfs": large} if checksums and path.endswith((".parquet", ".bin", ".npy")) else {})
 
 
 @contextmanager
@@ -241,7 +242,14 @@ def serving(folder: Path, *documents: list[str]) -> Iterator[Hub]:
     for i in (2, 0, 1):
         files[f"{FOLDER}/00{i}_00000.parquet"] = write_parquet(folder / "upload.parquet", documents[i]).read_bytes()
     files[f"{FOLDER}/README.md"] = b"no documents"
-    with Hub(files, folder / "data") as server:
+    with serving_files(files, folder / "data") as server:
+        yield server
+
+
+@contextmanager
+def serving_files(files: dict[str, bytes], watched: Path, repo: str = REPO, folder: str = FOLDER) -> Iterator[Hub]:
+    """A hub with these files in `folder` of the dataset `repo`."""
+    with Hub(files, watched, repo, folder) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()

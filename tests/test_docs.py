@@ -58,3 +58,14 @@ def test_the_table_of_encodings_is_what_the_classes_say():
     page = (ROOT / "docs/encodings.md").read_text()
     assert f"<!-- encodings -->\n{render()}<!-- end -->" in page, "python -m experiments.encodings_report writes it"
     assert all(f"| `{name}` | " in page for name in ENCODINGS)
+
+
+def test_the_tables_of_the_findings_are_those_of_the_laboratory():
+    from experiments.lab_report import blocks, summarize
+
+    page = (ROOT / "docs/findings.md").read_text()
+    for name, text in blocks().items():
+        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m experiments.lab_report writes them"
+    found = json.loads((ROOT / "results/lab-cpu.json").read_text())
+    assert found["summary"] == summarize(found["runs"], found["baseline"])
+    assert not any("dirty" in run["git"] for run in found["runs"])

@@ -12,13 +12,13 @@ LAYERS = [
     {"config", "launch", "text"},
     {"data", "distributed"},
     {"model"},
-    {"training"},
+    {"evaluation", "training"},
     {"huggingface"},
     {"eval_ppl", "prepare_fineweb", "sample", "export_hf", "eval_tasks"},
-    {"train"},
+    {"analysis", "train"},
     {"benchmarks"},
     {"experiments"},
-    {"bench", "lab", "table1"},
+    {"analyze", "bench", "lab", "table1"},
 ]
 # kernels/support.py imports the first two where Triton is there and asked for, transformers the others
 ON_DEMAND = {"rotary.py", "rotary_tiles.py", "configuration_carope.py", "modeling_carope.py"}

@@ -137,7 +137,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text
     kind=st.sampled_from(["jsonl", "parquet"]),
 )
 def test_any_documents_any_sizes(monkeypatch, files, val_tokens, shard_tokens, limit, batch, workers, name, kind):
-    monkeypatch.setattr("token_stream.BATCH_CHARS", batch)
+    monkeypatch.setattr("text.token_stream.BATCH_CHARS", batch)
     reference = gpt2_reference if name == "gpt2" else bytes_reference
     expected = reference([t for f in files for t in f], val_tokens, shard_tokens, limit=limit)
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:

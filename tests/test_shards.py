@@ -72,7 +72,7 @@ def test_abort_leaves_nothing(tmp_path):
 
 def test_a_file_too_large_is_named(tmp_path):
     """The system's limit on a file's size stands for a full disk; nothing is left."""
-    code = "import resource, numpy as np, shards; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    code = "import resource, numpy as np, text.shards as shards; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
     code += f"shards.write_shard({str(tmp_path / 'a.bin')!r}, np.zeros(100_000, dtype=np.uint16))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert f"UserError: {tmp_path / 'a.bin'}: cannot be written (File too large)" in process.stderr

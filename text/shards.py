@@ -24,6 +24,8 @@ from system.files import fsync_folder, sha256_file
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST = "manifest.json"
+SHARD_SUFFIXES = (".bin", ".npy")
+SCRATCH = ".download"  # in a data folder while it is being made
 
 
 def _plain(name: str) -> str:
@@ -198,7 +200,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{folder}: no such data folder; `python prepare_fineweb.py --out {folder}` makes it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    found = [path for path in paths if path.suffix in (".bin", ".npy") and split in path.name and path.name[0] != "."]
+    found = [path for path in paths if path.suffix in SHARD_SUFFIXES and split in path.name and path.name[0] != "."]
     if odd := [path.name for path in found if not path.name.isprintable()]:  # no message nor state.json could name it
         raise UserError(f"{folder}: {odd[0]!r} is no name for a shard; rename it")
     if not found:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 from system.errors import UserError
 from system.files import write_json
 from text.corpus import Piece, read_pieces
-from text.shards import HEADER_BYTES, MANIFEST, ShardEntry, ShardWriter, first_error, read_manifest
+from text.shards import HEADER_BYTES, MANIFEST, SHARD_SUFFIXES, ShardEntry, ShardWriter, first_error, read_manifest
 from text.sources import Source
 from text.tokenizer import Tokenizer
 
@@ -234,8 +234,8 @@ class ShardFolder:
         write_json(self.out / PROGRESS, self.terms | {"shards": self.shards})
 
 
-def read_earlier(out: Path) -> tuple[dict[str, Any], bool]:
-    """What an earlier start left in `out`, its manifest or its progress file, {} if nothing; and whether it finished.
+def read_earlier(out: Path, progress: str = PROGRESS, unfinished: type[Earlier] = Unfinished) -> tuple[dict[str, Any], bool]:
+    """What an earlier start left in `out`, its manifest or its `progress` file, {} if nothing; and whether it finished.
 
     Raises UserError where it is damaged, names files outside `out`, or shards are there without it.
     """
@@ -244,10 +244,10 @@ def read_earlier(out: Path) -> tuple[dict[str, Any], bool]:
         manifest = read_manifest(out)
         if manifest is not None:
             return Earlier.model_validate(manifest).model_dump(), True
-        path = out / PROGRESS
-        return Unfinished.model_validate_json(path.read_bytes()).model_dump(), False
+        path = out / progress
+        return unfinished.model_validate_json(path.read_bytes()).model_dump(), False
     except FileNotFoundError:
-        if any(path.suffix in (".bin", ".npy") for path in out.iterdir()):
+        if any(path.suffix in SHARD_SUFFIXES for path in out.iterdir()):
             raise UserError(f"{out}: holds shards that this command did not write; choose another --out") from None
         return {}, False
     except pydantic.ValidationError as error:

@@ -1,0 +1,67 @@
+"""Look into trained runs: what their positional encodings do, and what for. Each command writes JSON and a figure.
+
+    python analyze.py freq runs/small-carope --text "In 1969, three people flew to the Moon."
+    python analyze.py intervene runs/small-carope --lengths 512 1024
+    python analyze.py attention runs/small-rope runs/small-carope
+    python analyze.py tasks runs/small-rope runs/small-carope
+
+`analyze.py COMMAND --help` says what each looks at. Files go to --out, by default RUN/analysis of the first run.
+"""
+
+import argparse
+import importlib
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import system.host  # noqa: F401  before torch, which reads what it sets
+from system.errors import UserError, command
+from system.files import write_json
+
+COMMANDS = ("freq", "intervene", "attention", "tasks")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line; abbreviations are not taken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in [name for name in COMMANDS if name in argv[:1]] or COMMANDS:
+        module = importlib.import_module(f"analysis.{name}")
+        doc = (module.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name,
+            help=doc.splitlines()[0].replace("%", "%%"),
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+        module.add_arguments(sub)
+        sub.add_argument("--data", help="folder of token shards [default: the one the run was trained on]")
+        sub.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto]")
+        sub.add_argument("--out", metavar="FOLDER", help="where the files go [default: RUN/analysis of the first run]")
+        sub.set_defaults(module=module)
+    return parser.parse_args(argv)
+
+
+@command
+def main() -> None:
+    """Run the analysis that the command line names, and say where its files are."""
+    args = parse_args(sys.argv[1:])
+    if missing := next((run for run in args.runs if not Path(run).is_dir()), None):
+        raise UserError(f"{missing}: no such run folder")
+    out = Path(args.out or Path(args.runs[0]) / "analysis")
+    out.mkdir(parents=True, exist_ok=True)
+    found = args.module.run(args, out)
+    from training.provenance import git_version
+
+    made = {"command": shlex.join(["python", *sys.argv]), "git": git_version(), "date": datetime.now(UTC).date().isoformat()}
+    write_json(out / f"{args.command}.json", made | found)
+    print(f"{out}/{args.command}.json and, beside it, {', '.join(sorted(p.name for p in out.glob(f'{args.command}*.[ph]*')))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How an evaluation set is cut into windows, and how its results are drawn."""

@@ -1,0 +1,32 @@
+"""Sizes and progress, for people."""
+
+import sys
+from typing import Any
+
+
+def gigabytes(n_bytes: int) -> str:
+    """Bytes for people, in units of 1000."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def progress_bar(expected: int, done: int) -> Any:  # -> tqdm
+    """A bar in tokens on a terminal; a line every ten seconds elsewhere."""
+    from tqdm import tqdm
+
+    class Lines:
+        flush = sys.stderr.flush
+
+        def write(self, text: str) -> None:
+            if line := text.strip("\r\n").rstrip():
+                sys.stderr.write(line + "\n")
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=expected,
+        initial=done,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=terminal,
+        mininterval=0.1 if terminal else 10,
+        file=sys.stderr if terminal else Lines(),
+    )
