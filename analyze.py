@@ -2,8 +2,6 @@
 
     python analyze.py freq runs/small-carope --text "In 1969, three people flew to the Moon."
     python analyze.py intervene runs/small-carope --lengths 512 1024
-    python analyze.py attention runs/small-rope runs/small-carope
-    python analyze.py tasks runs/small-rope runs/small-carope
 
 `analyze.py COMMAND --help` says what each looks at. Files go to --out, by default RUN/analysis of the first run.
 """
@@ -19,7 +17,7 @@ import system.host  # noqa: F401  before torch, which reads what it sets
 from system.errors import UserError, command
 from system.files import write_json
 
-COMMANDS = ("freq", "intervene", "attention", "tasks")
+COMMANDS = ("freq", "intervene")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
