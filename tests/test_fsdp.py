@@ -34,7 +34,7 @@ def on_two_ranks(*runs: list[str]) -> str:
 def assert_close(one: Path, other: Path) -> None:
     """Losses, gradient norms and validations to 1e-5; weights to half a percent of a step, for AdamW divides small by small."""
     for a, b in zip(records(one), records(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-8)
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = (load_file(list_checkpoints(run)[-1] / file) for run in (one, other))
         assert a.keys() == b.keys()

@@ -5,6 +5,7 @@ import json
 import os
 import pydoc_data.topics
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,10 +255,14 @@ def test_local_files_keep_one_token_in_a_hundred_for_validation(tmp_path):
 def test_signals_leave_cleanly(long_source, long_result, tmp_path, number, code):
     out = tmp_path / "out"
     args = ("--source", long_source, "--out", out, *LONG)
-    process = start(*args)
-    assert wait_for(process, lambda: shards_done(out) >= 2)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=20)
+    for _ in range(5):  # on a busy machine it may be done before the signal is there
+        process = start(*args)
+        assert wait_for(process, lambda: shards_done(out) >= 2)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(out)
     assert process.returncode == code
     assert "the same command continues" in err.splitlines()[-1]
     assert "Traceback" not in err

@@ -46,7 +46,7 @@ def test_parameters_are_the_models_but_for_the_encodings_own(cfg, encoding):
     with torch.device("meta"):
         counts = GPT(cfg.model_copy(update={"encoding": encoding})).n_params()
     assert n_params(cfg) == counts["total"] - counts["encoding"]
-    assert counts["encoding"] <= 0.006 * counts["total"]
+    assert counts["encoding"] <= 0.011 * counts["total"]
 
 
 def test_one_gpu_exchanges_nothing_and_computes_at_its_rate():

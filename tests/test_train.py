@@ -146,7 +146,7 @@ def test_a_run_may_end_before_its_warm_up_does():
 
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 def test_every_parameter_is_in_exactly_one_group(encoding):
-    model = GPT(load_config(["--n_layer=1", "--n_embd=24", f"--encoding={encoding}", "--n_head=2", "--vocab_size=9"]))
+    model = GPT(load_config(["--n_layer=1", "--n_embd=32", f"--encoding={encoding}", "--n_head=2", "--vocab_size=9"]))
     decay, rest = make_optimizer(model, load_config([])).param_groups
     assert {id(p) for p in decay["params"]} | {id(p) for p in rest["params"]} == {id(p) for p in model.parameters()}
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
