@@ -2,11 +2,13 @@
 
     python analyze.py freq runs/small-carope --text "In 1969, three people flew to the Moon."
     python analyze.py intervene runs/small-carope --lengths 512 1024
+    python analyze.py attention runs/small-rope runs/small-carope
 
 `analyze.py COMMAND --help` says what each looks at. Files go to --out, by default RUN/analysis of the first run.
 """
 
 import argparse
+import ast
 import importlib
 import shlex
 import sys
@@ -17,7 +19,7 @@ import system.host  # noqa: F401  before torch, which reads what it sets
 from system.errors import UserError, command
 from system.files import write_json
 
-COMMANDS = ("freq", "intervene")
+COMMANDS = ("freq", "intervene", "attention")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -26,9 +28,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in [name for name in COMMANDS if name in argv[:1]] or COMMANDS:
-        module = importlib.import_module(f"analysis.{name}")
-        doc = (module.__doc__ or "").strip()
+    for name in COMMANDS:
+        doc = ast.get_docstring(ast.parse((Path(__file__).parent / f"analysis/{name}.py").read_text())) or ""
         sub = commands.add_parser(
             name,
             help=doc.splitlines()[0].replace("%", "%%"),
@@ -36,6 +37,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if name not in argv[:1]:  # the modules import torch, which takes seconds
+            continue
+        module = importlib.import_module(f"analysis.{name}")
         sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
         module.add_arguments(sub)
         sub.add_argument("--data", help="folder of token shards [default: the one the run was trained on]")
