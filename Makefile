@@ -21,6 +21,7 @@ demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, fi
 	@echo "Next: $(PY) sample.py runs/demo-carope --prompt \"A module is\"      more text, other prompts"
 	@echo "      $(PY) train.py config/demo.toml config/nope.toml --steps=500  another encoding, other options (--help)"
 	@echo "      $(PY) table1.py --dry_run                                     what the paper's own table takes"
+	@echo "      $(PY) report.py runs/demo-* -o report.html                    curves, tables and samples of the runs on one page"
 
 test: $(VENV)/.installed-dev ## the tests, without the slow ones
 	$(PY) -m ruff check .

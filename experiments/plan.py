@@ -110,5 +110,5 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """What eval_ppl.py wrote, or nothing where it has not or not in this form."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []

@@ -19,6 +19,7 @@ LAYERS = [
     {"benchmarks"},
     {"experiments"},
     {"analyze", "bench", "lab", "table1"},
+    {"report"},
 ]
 # kernels/support.py imports the first two where Triton is there and asked for, transformers the others
 ON_DEMAND = {"rotary.py", "rotary_tiles.py", "configuration_carope.py", "modeling_carope.py"}

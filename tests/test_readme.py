@@ -37,6 +37,12 @@ def test_every_command_of_the_readme_runs_at_demo_scale(corpus, tmp_path):
             done = run_command(*words, *small, *here)
         elif words[0] == "lab.py":  # tests/test_lab.py does more than plan
             done = run_command(*words, "--dry_run", *here)
+        elif words[0] == "report.py":  # the shell's part, then the page; tests/test_report.py looks at it
+            folders = sorted(path.parent for path in tmp_path.glob("*/config.toml"))
+            words = [
+                word for w in words for word in (folders if w == "runs/*" else [w.replace("report.html", f"{tmp_path}/r.html")])
+            ]
+            done = run_command(*words)
         elif words[0] == "train.py":
             done = run_command(*words, *here)
         else:
@@ -46,7 +52,7 @@ def test_every_command_of_the_readme_runs_at_demo_scale(corpus, tmp_path):
             done = run_command(*words, *(["--max_tokens", 2000] if words[0] == "eval_ppl.py" else []))
         assert done.returncode == 0, f"{program} {words}: {done.stderr}"
         seen.add(words[0])
-    assert {"prepare_fineweb.py", "train.py", "eval_ppl.py", "sample.py", "table1.py"} <= seen
+    assert {"prepare_fineweb.py", "train.py", "eval_ppl.py", "sample.py", "table1.py", "report.py"} <= seen
 
 
 def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class(corpus, tmp_path):

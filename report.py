@@ -1,0 +1,102 @@
+"""One page about a set of runs: a file that needs no network, for the screen, the phone and the printer.
+
+    python report.py runs/* -o report.html
+    python report.py runs/small-rope runs/small-carope --samples 2 --prompt "The mitochondria"
+
+It holds Table 1 beside the paper's numbers, perplexity by length, training curves, throughput, the figures in
+RUN/analysis/*.png, samples, the options in which the runs differ, and where each number comes from. What a run lacks is said.
+"""
+
+import argparse
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import system.host  # noqa: F401  before torch, which reads what it sets
+from system.errors import UserError, command
+from system.files import atomic_write
+
+if TYPE_CHECKING:
+    from experiments.report_data import RunRecord
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; abbreviations are not taken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders; files among them are passed over")
+    add("-o", "--out", default="report.html", metavar="FILE", help="the page [default: report.html]")
+    add("--title", default="", help="[default: the encodings compared]")
+    add("--samples", type=int, default=1, metavar="N", help="samples of each run and prompt, 0 is none [default: 1]")
+    add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="of the samples [default: auto]")
+    args = parser.parse_args()
+    if args.samples < 0:
+        raise UserError(f"--samples = {args.samples}: must be at least 0, which leaves them out")
+    return args
+
+
+def plotly_script() -> str:
+    """plotly.js, as its Python package brings it."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError("the page's plots need plotly.js: `pip install -r requirements.txt`") from None
+    return get_plotlyjs()
+
+
+def take_samples(records: "list[RunRecord]", args: argparse.Namespace) -> None:
+    """Let each run write; on a GPU or on the CPU, in float32 as sample.py does."""
+    from distributed import Distributed
+    from experiments.report_samples import add_samples
+
+    with Distributed.start(args.device, "float32") as dist:
+        for record in records:
+            add_samples(record, args.prompt or [""], args.samples, dist)
+
+
+def render(args: argparse.Namespace) -> str:
+    """The page for the command line."""
+    from config import load_config
+    from experiments.plan import ROOT
+    from experiments.report_data import find_runs, read_runs
+    from experiments.report_html import Page
+    from table1 import PAPER
+    from training.provenance import git_version
+
+    plotly = plotly_script()
+    records = read_runs(find_runs(args.runs))
+    if args.samples:
+        take_samples(records, args)
+    encodings = list(dict.fromkeys(record.encoding for record in records))
+    listed = ", ".join(encodings[:6]) + (f" and {len(encodings) - 6} more" if len(encodings) > 6 else "")
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    count = f"{len(records)} run{'s' if len(records) > 1 else ''}"
+    about = f"{count} · {made} · commit {(git_version() or 'unknown')[:10]}"
+    line = shlex.join(["python", "report.py", *sys.argv[1:]])
+    sizes = {size: load_config([str(ROOT / f"config/{size}.toml")]).model_dump() for size, _ in PAPER}
+    return Page(records, PAPER, sizes).render(args.title or f"GPT-2 with {listed}", about, line, plotly)
+
+
+@command
+def main() -> None:
+    """Write the page the command line asks for."""
+    args = parse_args()
+    out = Path(args.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"-o {out}: {'a folder' if out.is_dir() else 'its folder is not there'}; give a file, as report.html")
+    page = render(args)
+    try:
+        with atomic_write(out, "w") as file:
+            file.write(page)
+    except OSError as error:
+        raise UserError(f"-o {out}: cannot be written ({error.strerror}); give a file elsewhere") from None
+    print(f"{out}: {len(page.encode()) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
