@@ -43,7 +43,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
         module.add_arguments(sub)
         sub.add_argument("--data", help="folder of token shards [default: the one the run was trained on]")
-        sub.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto]")
+        sub.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto]")
         sub.add_argument("--out", metavar="FOLDER", help="where the files go [default: RUN/analysis of the first run]")
         sub.set_defaults(module=module)
     return parser.parse_args(argv)

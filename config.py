@@ -41,7 +41,7 @@ class Config(BaseModel):
         "",
         description="weights to start from: a run, a checkpoint or a Hugging Face GPT-2 (folder); of any encoding",
     )
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one, else cpu")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field("auto", description="auto is the first of the others that is there")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
     )

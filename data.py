@@ -214,5 +214,5 @@ def to_ids(tokens: np.ndarray, device: torch.device) -> Tensor:
 
 def cut_batch(ids: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """n·length+1 ids → inputs and targets, (n, length) each, on `device`."""
-    ids = ids.to(device, non_blocking=True)
+    ids = ids.to(device, non_blocking=ids.is_pinned())
     return ids[:-1].view(-1, length), ids[1:].view(-1, length)

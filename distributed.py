@@ -198,9 +198,11 @@ class Distributed:
         self.any(False)
 
     def peak_memory(self) -> int:
-        """Most bytes held so far: of device memory on a GPU, of resident memory on a CPU."""
+        """Most bytes held so far: of device memory on a GPU (Apple's: held now), of resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()  # which the allocator keeps for itself
         import resource
         import sys
 
@@ -219,12 +221,19 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device of this process for "auto", "cuda" or "cpu"."""
-    has_cuda = torch.cuda.is_available()
-    if wanted == "cpu" or (wanted == "auto" and not has_cuda):
+    """The device of this process for "cuda", "mps", "cpu", or "auto": the first of them that is there and can be used."""
+    has_cuda, has_mps, ranks = torch.cuda.is_available(), torch.backends.mps.is_available(), os.environ.get("WORLD_SIZE", "1")
+    if wanted == "mps" and ranks != "1":
+        raise UserError(f"device = 'mps': one process can use it, not {ranks}; leave out torchrun, or --device=cpu")
+    if wanted == "auto":
+        wanted = "cuda" if has_cuda else "mps" if has_mps and ranks == "1" else "cpu"
+    if wanted == "cpu":
         return torch.device("cpu")
-    if not has_cuda:
-        raise UserError("device = 'cuda': this machine has no CUDA device that torch can use; --device=cpu works everywhere")
+    if not {"cuda": has_cuda, "mps": has_mps}[wanted]:
+        name = {"cuda": "CUDA device", "mps": "Apple GPU"}[wanted]
+        raise UserError(f"device = {wanted!r}: this machine has no {name} that torch can use; --device=cpu works everywhere")
+    if wanted == "mps":
+        return torch.device("mps")
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:
         raise UserError(f"local rank {index} has no GPU, this node has {count}; --nproc_per_node={count} is the most")
@@ -242,6 +251,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices in hardware (GPUs from Ampere; CPUs with AVX512-BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return False  # from the M2 on it does; --dtype=bfloat16 says so
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(probe() for probe in probes if probe)
 

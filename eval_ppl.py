@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     add("--figure", metavar="FILE.png", help="draw it; implies --per_position")
     add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte of logits]")
     add("--data", help="folder of token shards [default: the one the run was trained on]")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
     add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained with]")
     add(
         "--rope_scaling",
@@ -65,6 +65,7 @@ from data import TokenStream
 from distributed import Distributed, local_and_eager, pick_dtype
 from evaluation.windows import Profile, Windows, losses
 from model import GPT
+from positional.base import widest
 from positional.scaling import SCALINGS, rescale
 from system.errors import UserError, command
 from system.files import write_json
@@ -115,7 +116,7 @@ def evaluate(
     n_windows = len(windows)
     chunks = list(windows.chunks(batch))
     rounds = [chunks[i : i + dist.world_size] for i in range(0, len(chunks), dist.world_size)]
-    sums_W = torch.zeros(n_windows, dtype=torch.float64, device=dist.device)
+    sums_W = torch.zeros(n_windows, dtype=widest(dist.device), device=dist.device)
     training = eager.training
     eager.eval()
     try:

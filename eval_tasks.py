@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="texts per forward pass; tasks that generate take 1 [default: 1]")
     add("--max_length", "--max-length", type=int, help="tokens of a text, cut on the left [default: the training length]")
     add("--add_bos", "--add-bos", action="store_true", help="an end-of-text token before every text, as in training")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[default: auto, cuda where there is one]")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
     add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
     return parser.parse_args()
 

@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--title", default="", help="[default: the encodings compared]")
     add("--samples", type=int, default=1, metavar="N", help="samples of each run and prompt, 0 is none [default: 1]")
     add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
-    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="of the samples [default: auto]")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="of the samples [default: auto]")
     args = parser.parse_args()
     if args.samples < 0:
         raise UserError(f"--samples = {args.samples}: must be at least 0, which leaves them out")

@@ -23,6 +23,7 @@ from data import TokenStream, to_ids
 from distributed import Distributed
 from kernels.bias import Attend
 from model import GPT, Located
+from positional.base import widest
 from system.errors import UserError
 from training.checkpoint import load_model
 
@@ -105,8 +106,8 @@ class Sums:
         pos_T = torch.arange(length, device=device)
         self.distance_tS = pos_T[self.first_query :, None] - pos_T
         self.bin_tS = (torch.bucketize(self.distance_tS.clamp(min=0), starts_K, right=True) - 1).contiguous()
-        self.histogram_LHK = torch.zeros(n_layer, n_head, len(self.bins), dtype=torch.float64, device=device)
-        self.rest_LH4 = torch.zeros(n_layer, n_head, 4, dtype=torch.float64, device=device)  # distance, entropy, first, sum
+        self.histogram_LHK = torch.zeros(n_layer, n_head, len(self.bins), dtype=widest(device), device=device)
+        self.rest_LH4 = torch.zeros(n_layer, n_head, 4, dtype=widest(device), device=device)  # distance, entropy, first, sum
 
     def add(self, layer: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
         """Take in the weights of one layer in a batch of windows."""
@@ -115,7 +116,7 @@ class Sums:
         histogram_BHtK = self.histogram_LHK.new_zeros(B, H, t, len(self.bins))
         distance_BHt, plogp_BHt, first_BHt, signed_BHt = histogram_BHtK.new_zeros(4, B, H, t)
         for start, w_BHTs in weight_columns(attend, q, k):
-            keys, signed_BHts = slice(start, start + w_BHTs.size(-1)), w_BHTs[:, :, self.first_query :].double()
+            keys, signed_BHts = slice(start, start + w_BHTs.size(-1)), w_BHTs[:, :, self.first_query :].to(histogram_BHtK)
             w_BHts = signed_BHts.abs()
             histogram_BHtK.scatter_add_(-1, self.bin_tS[:, keys].expand_as(w_BHts), w_BHts)
             distance_BHt += (w_BHts * self.distance_tS[:, keys]).sum(-1)

@@ -25,6 +25,7 @@ from eval_ppl import default_batch
 from evaluation.figures import BASELINE, line, panels, plain_log_y, save
 from evaluation.windows import losses
 from model import GPT
+from positional.base import widest
 from system.errors import UserError
 from training.checkpoint import load_model
 
@@ -115,16 +116,16 @@ def pairs(stream: TokenStream, length: int, max_tokens: int, batch: int, device:
 
 @torch.no_grad()
 def window_losses(model: GPT, batches: list[Tensor]) -> Tensor:
-    """Mean loss of each window in nats, (W,) float64."""
+    """Mean loss of each window in nats, (W,) `widest`."""
     return torch.cat([losses(model, idx[:, :-1], idx[:, 1:]).mean(1) for idx in batches])
 
 
 def means(model: GPT, batches: list[Tensor]) -> list[Tensor]:
-    """f's mean over tokens per head, (H,) float64 for each site."""
+    """f's mean over tokens per head, (H,) `widest` for each site."""
     sums: dict[int, Tensor] = {}
 
     def note(site: int, f_BHT: Tensor) -> Tensor:
-        total_H = f_BHT.double().mean(2).sum(0)
+        total_H = f_BHT.to(widest(f_BHT.device)).mean(2).sum(0)
         sums[site] = sums[site] + total_H if site in sums else total_H
         return f_BHT
 

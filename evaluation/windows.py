@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data import TokenStream, to_batch
 from kernels.bias import overrides
 from kernels.kv_cache import KVCache
+from positional.base import widest
 
 PER_OCTAVE = 4  # bins of positions
 PIECE = 1024  # queries at a time, where an encoding makes the attention weights of more
@@ -71,8 +72,8 @@ class Windows:
         return nll_BT
 
     def sizes(self, device: torch.device) -> Tensor:
-        """Targets that count in each window, (windows,) float64."""
-        sizes_W = torch.full((len(self),), self.stride, dtype=torch.float64, device=device)
+        """Targets that count in each window, (windows,) `widest`."""
+        sizes_W = torch.full((len(self),), self.stride, dtype=widest(device), device=device)
         sizes_W[0] = min(self.length, self.n_tokens)
         if len(self) > 1:
             sizes_W[-1] = self.n_tokens - self.length - (len(self) - 2) * self.stride
@@ -94,10 +95,10 @@ class Profile:
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.bins = bins(length)
-        self.moments_3K = torch.zeros(3, len(self.bins), dtype=torch.float64, device=device)
+        self.moments_3K = torch.zeros(3, len(self.bins), dtype=widest(device), device=device)
 
     def add(self, nll_BT: Tensor) -> None:
-        """Take in the losses of B windows, (B, T) float64."""
+        """Take in the losses of B windows, (B, T) `widest`."""
         reached = [(a, b) for a, b in self.bins if b <= nll_BT.size(1)]
         means_BK = torch.stack([nll_BT[:, a - 1 : b].mean(1) for a, b in reached], dim=1)
         one_BK = torch.ones_like(means_BK)
@@ -131,9 +132,9 @@ def pieces(net: Any, idx_BT: Tensor) -> Iterator[tuple[slice, KVCache | None]]:
 
 
 def losses(net: nn.Module, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in nats, (B, T) float64."""
+    """Negative log-likelihood of each target in nats, (B, T) `widest`."""
     parts = [net(x_BT[:, part], y_BT[:, part], reduction="none", **_with(cache)) for part, cache in pieces(net, x_BT)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).double()
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(widest(x_BT.device))
 
 
 def _with(cache: KVCache | None) -> dict[str, KVCache]:

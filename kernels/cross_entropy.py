@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}  # logits held at a time: small in memory, large for a matmul
-CACHE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # fp32 logits worked on at a time
+CHUNK_BYTES = {
+    "cpu": 128 << 20,
+    "cuda": 2 << 30,
+    "mps": 256 << 20,
+}  # logits held at a time: small in memory, large for a matmul
+CACHE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 64 << 20}  # fp32 logits worked on at a time
 
 
 def linear_cross_entropy(x_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor, reduction: str = "mean") -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.bias import Attend, reads_keys_coords
 from positional import PositionalEncoding
+from positional.base import widest
 
 
 class KVCache:
@@ -55,7 +56,7 @@ class KVCache:
     def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
         """Coordinates of the new tokens, and of all tokens where attention wants them (else only the last one is kept)."""
         held = self.coords.get(layer)
-        last = x_BTC.new_zeros((1, 1, 1, 1), dtype=torch.float64) if held is None else held[..., -1:, :]
+        last = x_BTC.new_zeros((1, 1, 1, 1), dtype=widest(x_BTC.device)) if held is None else held[..., -1:, :]
         new = encoding.coords(x_BTC, pos_T, last)
         if new is None:
             return None, None

@@ -43,7 +43,7 @@ class Sinusoidal(PositionalEncoding):
     def embed(self, x_BTC: Tensor, pos_T: Tensor) -> Tensor:
         n_embd = x_BTC.size(-1)
         freq = inverse_frequencies((n_embd + 1) // 2, 10000 ** (-2 / n_embd), pos_T.device)
-        phase_TF = pos_T.double()[:, None] * freq
+        phase_TF = pos_T.to(freq)[:, None] * freq
         waves_TC = torch.stack((phase_TF.sin(), phase_TF.cos()), dim=-1).flatten(-2)[:, :n_embd]
         return x_BTC + self.scale * waves_TC.to(x_BTC.dtype)
 

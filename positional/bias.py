@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding
+from positional.base import PositionalEncoding, widest
 
 
 def alibi_slopes(n_head: int) -> list[float]:
@@ -26,7 +26,7 @@ def alibi_slopes(n_head: int) -> list[float]:
 class ALiBi(PositionalEncoding):
     """Attention with linear biases (Press et al., 2108.12409, section 3): −m_h·(i − j), nothing is learned.
 
-    Coordinates are positions, (1, 1, T, 1) float64.
+    Coordinates are positions, (1, 1, T, 1) `widest`.
     """
 
     beyond = "the bias goes on falling linearly: far tokens fade out, as they did in training"
@@ -36,10 +36,10 @@ class ALiBi(PositionalEncoding):
         self.slopes = alibi_slopes(cfg.n_head)
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
-        return pos_T.double()[None, None, :, None]
+        return pos_T.to(widest(pos_T.device))[None, None, :, None]
 
     def key_bias(self, coords_k: Tensor) -> Tensor:
-        slopes_H = torch.tensor(self.slopes, dtype=torch.float64, device=coords_k.device)
+        slopes_H = torch.tensor(self.slopes, dtype=coords_k.dtype, device=coords_k.device)
         return slopes_H[:, None] * coords_k[..., 0]
 
 
@@ -47,11 +47,13 @@ def t5_bucket(distance_S: Tensor, n_buckets: int, max_distance: int) -> Tensor:
     """The bucket of each distance i − j ≥ 0, (S,) int64, for a decoder (1910.10683, section 2.1).
 
     One each for the distances below N/2; from there on N/2 buckets that grow logarithmically up to `max_distance`; the last
-    one holds all that is beyond. In float64, and a hair up: where a bucket begins at an integer, that integer is in it.
+    one holds all that is beyond. Computed a hair up: where a bucket begins at an integer, that integer is in it.
     """
     exact = n_buckets // 2
-    ratio_S = (distance_S.double() / exact).clamp(min=1).log() / math.log(max_distance / exact)
-    far_S = exact + (ratio_S * (n_buckets - exact) + 1e-9).long()
+    dtype = widest(distance_S.device)
+    hair = 1e-9 if dtype == torch.float64 else 1e-5
+    ratio_S = (distance_S.to(dtype) / exact).clamp(min=1).log() / math.log(max_distance / exact)
+    far_S = exact + (ratio_S * (n_buckets - exact) + hair).long()
     return torch.where(distance_S < exact, distance_S, far_S.clamp(max=n_buckets - 1))
 
 
@@ -115,7 +117,7 @@ class FIRE(PositionalEncoding):
     """FIRE (Li et al., 2310.04418): an MLP of ψ(i − j) / ψ(max(L, i)), ψ(x) = log(c·x + 1), per layer.
 
     c and L are learned, from 0.1 and 512 on (the listing in the appendix); both count by their absolute value. The MLP has one
-    hidden layer of ReLUs and starts as torch's linear layers do. Coordinates are positions from 0 on, (1, 1, T, 1) float64.
+    hidden layer of ReLUs and starts as torch's linear layers do. Coordinates are positions from 0 on, (1, 1, T, 1) `widest`.
     """
 
     per_layer = True
@@ -133,7 +135,7 @@ class FIRE(PositionalEncoding):
         self.proj.reset_parameters()
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
-        return pos_T.double()[None, None, :, None]
+        return pos_T.to(widest(pos_T.device))[None, None, :, None]
 
     def bias(self, coords_q: Tensor, coords_k: Tensor) -> Tensor:
         i_T1, j_S = coords_q[0, 0].float(), coords_k[0, 0, :, 0].float()  # positions below 2^24: fp32 holds them

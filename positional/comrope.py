@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from positional.base import PositionalEncoding
+from positional.base import PositionalEncoding, widest
 from positional.rotary import RoPE, inverse_frequencies
 
 
@@ -22,7 +22,7 @@ class ComRoPE(PositionalEncoding):
     Theirs start at random; here A starts with RoPE's θ_i between the two channels of pair i and 0 elsewhere: exactly RoPE.
     Block n holds the pairs nb/2 … (n+1)b/2 − 1, neighbors in frequency. With b = 2 this is RoPE with learned frequencies.
 
-    Coordinates are the matrices, flat, of position m + 1: the running product of exp(A), in float64.
+    Coordinates are the matrices, flat, of position m + 1: the running product of exp(A), in `widest`.
     """
 
     beyond = "as RoPE: the learned rotation goes on at its rate, into angles that training has not seen"
@@ -62,10 +62,11 @@ class ComRoPE(PositionalEncoding):
         return row, column
 
     def matrices(self) -> Tensor:
-        """A's blocks, (H, N, b, b) float64, skew-symmetric."""
+        """A's blocks, (H, N, b, b) `widest`, skew-symmetric."""
         row, column = self.below(self.angles.device)
-        lower = self.angles.new_zeros(self.n_head, self.n_blocks, self.block, self.block, dtype=torch.float64)
-        lower[..., row, column] = self.angles.double().view(self.n_head, self.n_blocks, -1)
+        dtype = widest(self.angles.device)
+        lower = self.angles.new_zeros(self.n_head, self.n_blocks, self.block, self.block, dtype=dtype)
+        lower[..., row, column] = self.angles.to(dtype).view(self.n_head, self.n_blocks, -1)
         return lower - lower.mT
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:

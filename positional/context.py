@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding
+from positional.base import PositionalEncoding, widest
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
 
@@ -19,7 +19,7 @@ class CABLE(PositionalEncoding):
 
     f = softplus(x_t W + b)_h, x_t the block's ln_1 output, W and b per layer, as the authors' code (axiomlab/Cable) has it.
     That code leaves out the 1/√D of the logits; here it stays, as for every encoding. Coordinates are running sums of f,
-    (B, H, T, 1) float64: what a query sees is a difference of two large ones.
+    (B, H, T, 1) `widest`: what a query sees is a difference of two large ones.
     """
 
     per_layer = hidden = True
@@ -42,7 +42,7 @@ class CABLE(PositionalEncoding):
             return functional.softplus(self.sign * z_BTH.transpose(1, 2).contiguous())
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
-        sum_BHT1 = self.decay(x_BTC).cumsum(-1, dtype=torch.float64)[..., None]
+        sum_BHT1 = self.decay(x_BTC).cumsum(-1, dtype=widest(x_BTC.device))[..., None]
         return sum_BHT1 if last is None else last + sum_BHT1
 
     def key_bias(self, coords_k: Tensor) -> Tensor:

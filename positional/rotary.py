@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from positional.base import PositionalEncoding
+from positional.base import PositionalEncoding, widest
 
 
 def inverse_frequencies(n_pairs: int, theta: float, device: torch.device) -> Tensor:
-    """θ^i for i = 0 … n_pairs−1, (F,) float64."""
-    return theta ** torch.arange(n_pairs, dtype=torch.float64, device=device)
+    """θ^i for i = 0 … n_pairs−1, (F,) `widest`."""
+    return theta ** torch.arange(n_pairs, dtype=widest(device), device=device)
 
 
 class RoPE(PositionalEncoding):
@@ -42,12 +42,12 @@ class RoPE(PositionalEncoding):
             )
 
     def frequency(self, x_BTC: Tensor) -> Tensor:
-        return torch.full((1, 1, 1), self.theta, dtype=torch.float64, device=x_BTC.device).expand(1, 1, x_BTC.size(1))
+        return torch.full((1, 1, 1), self.theta, dtype=widest(x_BTC.device), device=x_BTC.device).expand(1, 1, x_BTC.size(1))
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         self.check_cache(last)
         # (1, 1, T, F) is small: float64 is free, and the product keeps every digit of fp32 at any position
-        phase_TF = pos_T.double()[:, None] * inverse_frequencies(self.n_pairs, self.theta, pos_T.device)
+        phase_TF = pos_T.to(widest(pos_T.device))[:, None] * inverse_frequencies(self.n_pairs, self.theta, pos_T.device)
         return phase_TF[None, None]
 
     def check_cache(self, last: Tensor | None) -> None:
@@ -146,7 +146,7 @@ class XPos(RoPE):
 
     def frame(self, coords: Any) -> Any:
         """Cosine and sine for q, and for k, with their factors."""
-        i_F = torch.arange(self.n_pairs, dtype=torch.float64, device=coords.device)
+        i_F = torch.arange(self.n_pairs, dtype=coords.dtype, device=coords.device)
         zeta_F = (i_F / self.n_pairs + 0.4) / 1.4
         scale = zeta_F ** (coords[..., :1] / self.scale_base)  # θ_0 = 1: the phase of pair 0 is the position
         cos, sin = coords.cos(), coords.sin()

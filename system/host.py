@@ -1,4 +1,4 @@
-"""How torch uses the threads and the memory of a CPU. Import it before torch, which reads these settings when it comes.
+"""What torch makes of a host: threads, memory, fallbacks. Import it before torch, which reads these settings when it comes.
 
 What the environment says already is left as it is.
 """
@@ -12,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Tensors of hundreds of megabytes come and go with every step. As glibc comes, each is mapped anew, page by page of 4 KiB, and
 # the kernel clears every one: half of a training step's time. Here they take pages of 2 MiB, and keep what was freed.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# What Apple's GPUs cannot do yet (comrope's matrix exponential) the CPU does for them.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 

@@ -42,10 +42,3 @@ def test_the_predicted_table_is_the_models():
 
     assert f"<!-- table1 -->\n{blocks()['table1']}<!-- end -->" in PAGES["reproduce"]
     assert "15.4 h on two H100s, predicted" in PAGES["reproduce"] and "15.4 h | 30.8" in blocks()["table1"]
-
-
-def test_no_mac_gpu_is_promised():
-    from system.errors import UserError
-
-    with pytest.raises(UserError, match="device = 'mps'"):
-        load_config(["--device=mps"])

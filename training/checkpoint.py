@@ -127,7 +127,7 @@ class CheckpointWriter:
             for name, tensor in named.items():
                 if name not in held:
                     held[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-                held[name].copy_(tensor, non_blocking=True)
+                held[name].copy_(tensor, non_blocking=tensor.is_cuda)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._buffers

@@ -45,6 +45,8 @@ def device_name(device: torch.device) -> str:
     """What the device calls itself, e.g. "NVIDIA H100 80GB HBM3" or a processor's model name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU, {platform.machine()}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,0 +1,97 @@
+"""Which device a command computes on, and that nothing asks Apple's GPUs for the float64 that they do not have."""
+
+import pytest
+import torch
+from test_positional import ALL, T, build, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import positional.base
+from distributed import pick_device, pick_dtype
+from evaluation.windows import Profile, losses
+from model import KVCache
+from positional.bias import t5_bucket
+from positional.scaling import SCALINGS, rescale
+from system.errors import UserError
+from training.optim import make_optimizer
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on a device without float64, no operation returns it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(found)):
+            raise TypeError(f"{function} made a tensor of float64")
+        return found
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """A CPU that takes the way of a device without float64, and a mode that fails where it does not."""
+    monkeypatch.setattr(positional.base, "NO_FLOAT64", {"cpu"})
+    return NoFloat64()
+
+
+def test_float64_is_noticed(without):
+    with without, pytest.raises(TypeError, match="float64"):
+        torch.ones(1).double()
+
+
+@pytest.mark.parametrize("encoding", ALL)
+def test_training_decoding_and_evaluation_need_no_float64_and_agree_with_it(encoding, monkeypatch):
+    model, idx = build(encoding), tokens(T + 1)
+    n = min(model.max_len or 4 * T, 4 * T)
+    with torch.no_grad():
+        exact = losses(model, tokens(n + 1)[:, :-1], tokens(n + 1)[:, 1:])
+    monkeypatch.setattr(positional.base, "NO_FLOAT64", {"cpu"})
+    optimizer = make_optimizer(model, model.cfg)
+    with NoFloat64():
+        with torch.no_grad():
+            found = losses(model, tokens(n + 1)[:, :-1], tokens(n + 1)[:, 1:])
+            Profile(n, torch.device("cpu")).add(found)
+            full, cache = model(idx[:, :T]), KVCache()
+            pieces = [model(idx[:, i : i + 4], cache=cache) for i in range(0, T, 4)]
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-3
+    assert (torch.cat(pieces, 1) - full).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scaled_phases_stay_in_the_type_of_the_device(without, scaling):
+    model = build("carope")
+    rescale(list(model.encodings), "carope", SCALINGS[scaling](4, T))
+    frame = model.encodings[0].frame(model.encodings[0].coords(model.wte(tokens(T)), torch.arange(T)))
+    assert {part.dtype for part in frame} == {torch.float32}
+
+
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (32, 8192), (8, 20), (2, 5)])
+def test_t5_buckets_are_the_same_in_float32(monkeypatch, n_buckets, max_distance):
+    distance_S = torch.arange(20_000)
+    exact = t5_bucket(distance_S, n_buckets, max_distance)
+    monkeypatch.setattr(positional.base, "NO_FLOAT64", {"cpu"})
+    assert torch.equal(t5_bucket(distance_S, n_buckets, max_distance), exact)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cuda", "mps", "ranks", "picked"),
+    [
+        ("auto", False, False, "1", "cpu"), ("auto", False, True, "1", "mps"), ("auto", False, True, "2", "cpu"),
+        ("auto", True, True, "1", "cuda"), ("cpu", True, True, "1", "cpu"), ("mps", False, True, "1", "mps"),
+        ("mps", False, True, "2", "one process can use it, not 2"), ("mps", False, False, "1", "no Apple GPU that torch"),
+        ("cuda", False, True, "1", "no CUDA device that torch"),
+    ],
+)  # fmt: skip
+def test_the_device_is_the_first_that_is_there_and_can_be_used(monkeypatch, wanted, cuda, mps, ranks, picked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    if picked in ("cpu", "cuda", "mps"):
+        device = pick_device(wanted)
+        assert device.type == picked
+        assert picked != "mps" or pick_dtype("auto", device) == torch.float32
+    else:
+        with pytest.raises(UserError, match=picked):
+            pick_device(wanted)
