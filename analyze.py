@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine
 from system.errors import UserError, command
 from system.files import write_json
 
@@ -24,9 +25,7 @@ COMMANDS = ("freq", "intervene", "attention")
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         doc = ast.get_docstring(ast.parse((Path(__file__).parent / f"analysis/{name}.py").read_text())) or ""
@@ -34,8 +33,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             name,
             help=doc.splitlines()[0].replace("%", "%%"),
             description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
         )
         if name not in argv[:1]:  # the modules import torch, which takes seconds
             continue

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine
 from system.errors import command
 from system.files import write_json
 
@@ -28,9 +29,7 @@ COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "startup", "
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in [name for name in COMMANDS if name in argv[:1]] or COMMANDS:
         module = importlib.import_module(f"benchmarks.{name}_speed")
@@ -39,8 +38,6 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             name,
             help=doc.splitlines()[0].replace("%", "%%"),
             description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
         )
         module.add_arguments(sub)
         sub.add_argument("--json", metavar="FILE", help="also write the result there")

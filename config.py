@@ -15,11 +15,12 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from system.console import CommandLine
 from system.errors import UserError
 
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
@@ -254,19 +255,12 @@ def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     return values, places
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=prog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [CONFIG.toml ...] [--key=value ...]",
-        description="Config files are layered from left to right; --key=value goes on top.",
-    )
+    about = """Config files are layered from left to right; --key=value goes on top.
+
+    python train.py config/demo.toml config/carope.toml
+    torchrun --standalone --nproc_per_node=2 train.py config/small.toml config/rope.toml --seed=2"""
+    parser = CommandLine(about, prog=prog, usage="%(prog)s [CONFIG.toml ...] [--key=value ...]")
     parser.add_argument("files", nargs="*", metavar="CONFIG.toml", help="e.g. config/small.toml config/carope.toml")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="show the result as TOML and leave")
     for key, field in Config.model_fields.items():

@@ -13,7 +13,6 @@ after each other and only the last S tokens of each count, of the first all: the
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine, help_first, no_bar
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--lengths", nargs="+", type=int, default=[512, 1024], metavar="T", help="window lengths, tokens [default: 512 1024]")
@@ -54,8 +52,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
-    parse_args()
+if __name__ == "__main__":
+    help_first(parse_args)
 
 import torch
 from torch import nn
@@ -121,7 +119,7 @@ def evaluate(
     eager.eval()
     try:
         with torch.no_grad(), dist.autocast():
-            for done, at_once in enumerate(tqdm(rounds, unit="batch", leave=False, disable=None if progress else True)):
+            for done, at_once in enumerate(tqdm(rounds, unit="batch", leave=False, disable=no_bar() if progress else True)):
                 dist.at(f"evaluation, batch {done} of {len(rounds)}")
                 if before_each:
                     before_each()

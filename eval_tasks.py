@@ -9,19 +9,17 @@ downloaded where they are not in its cache. As it does with GPT-2, it puts no en
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine, help_first
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--tasks", required=True, metavar="A,B", help="names of the harness, e.g. hellaswag,lambada_openai,arc_easy,piqa")
@@ -36,8 +34,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
-    parse_args()
+if __name__ == "__main__":
+    help_first(parse_args)
 
 from distributed import pick_device
 from huggingface.export import export

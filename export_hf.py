@@ -8,23 +8,21 @@ Perplexities go into the model card where eval_ppl.py has left them: python eval
 """
 
 import argparse
-import sys
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine, help_first
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     parser.add_argument("run", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not be there yet, or be empty")
     return parser.parse_args()
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
-    parse_args()
+if __name__ == "__main__":
+    help_first(parse_args)
 
 from huggingface.export import export
 from system.errors import command

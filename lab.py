@@ -19,6 +19,7 @@ import system.host  # noqa: F401  before torch, which reads what it sets
 from experiments.jobs import Job, run_all
 from experiments.lab_report import collect, draw, render
 from experiments.plan import Entry, find, read_results, refuse_conflicts, show_plan
+from system.console import CommandLine, quiet, remark
 from system.errors import EXIT_REQUEUE, UserError, command
 from system.files import atomic_write, write_json
 
@@ -30,9 +31,7 @@ DEFAULT = [
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("base", nargs="?", default="config/lab.toml", metavar="CONFIG.toml", help="[default: config/lab.toml]")
     add("--encodings", nargs="+", default=DEFAULT, help=f"files in config/, the baseline first [default: {' '.join(DEFAULT)}]")
@@ -91,7 +90,8 @@ def main() -> None:
     args, overrides = parse_args()
     entries = plan(args, overrides)
     args.lengths = args.lengths or [entries[0].cfg.block_size * n for n in (1, 2, 4, 8)]
-    show_plan(entries)
+    if args.dry_run or not quiet():
+        show_plan(entries)
     if args.dry_run:
         return
     refuse_conflicts(entries)
@@ -106,7 +106,7 @@ def main() -> None:
         count += 1
         results = read_results(Path(entries[0].cfg.out_dir) / job.name / "eval.json")
         cells = ", ".join(f"{r['length']}: {r['perplexity']:.3f}" for r in results if r["perplexity"])
-        print(f"[{count}/{len(entries)}] {job.name}: {cells} ({time.monotonic() - job.began:.0f} s)", flush=True)
+        remark(f"[{count}/{len(entries)}] {job.name}: {cells} ({time.monotonic() - job.began:.0f} s)", stdout=True)
         report(entries, args, out)
 
     threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else 0

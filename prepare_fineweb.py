@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from system.console import CommandLine, remark
 from system.errors import UserError, command
 from system.files import locked, write_json
 from text.pretokenized import FINEWEB_TOKENS, adopt
@@ -119,11 +120,11 @@ def preflight(job: Job, source: Source, done: int) -> int:
     """The tokens to expect, an estimate. Raises UserError if the disk is too small for what is not `done` of them."""
     expected = expected_tokens(source, job.tokenizer, job.limit_tokens)
     shard_bytes, free = 2 * max(0, expected - done), shutil.disk_usage(job.out).free
-    print(
+    remark(
         f"{job.out}: about {expected:,} tokens from {len(source.files)} files; needs {gigabytes(shard_bytes)} for shards"
         + (f" and {gigabytes(source.fetch_bytes)} for a file at a time" if source.fetch_bytes else "")
         + f", {gigabytes(free)} are free",
-        flush=True,
+        stdout=True,
     )
     if shard_bytes + source.fetch_bytes > free:
         raise UserError(
@@ -148,14 +149,6 @@ def report(out: Path, state: str) -> None:
     if len(good) < len(shards):
         raise UserError(f"{out / shards[len(good)]['file']}: missing or damaged; delete {out} and prepare the data again")
     print(f"{out}: {state}, {manifest['tokens']:,} tokens of {manifest['documents']:,} documents in {len(shards)} shards")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing the usage."""
-        raise UserError(f"{message}; see --help")
 
 
 def positive(text: str) -> int:
@@ -183,7 +176,7 @@ def n_cores() -> int:
 
 def parse_args(argv: list[str]) -> Job:
     """The command line as a Job; flags may have underscores or hyphens. Raises UserError."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add(
         "--source", nargs="+", action="extend", metavar="WHERE",

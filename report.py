@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine
 from system.errors import UserError, command
 from system.files import atomic_write
 
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders; files among them are passed over")
     add("-o", "--out", default="report.html", metavar="FILE", help="the page [default: report.html]")

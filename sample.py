@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from system.console import CommandLine, help_first
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
@@ -41,8 +40,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
-    parse_args()
+if __name__ == "__main__":
+    help_first(parse_args)
 
 import torch
 

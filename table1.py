@@ -15,6 +15,7 @@ from typing import Any
 import system.host  # noqa: F401  before torch, which reads what it sets
 from experiments.jobs import launch
 from experiments.plan import ROOT, Entry, find, read_results, refuse_conflicts, show_plan
+from system.console import CommandLine, quiet
 from system.errors import UserError, command
 from system.files import atomic_write, write_json
 
@@ -29,9 +30,7 @@ PAPER = {
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", default=["tiny", "small"], help="files in config/ [default: tiny small]")
     add(
@@ -146,7 +145,8 @@ def main() -> None:
     """Show the plan; unless it is a dry run, do what is left of it and render the table."""
     args, overrides = parse_args()
     entries = plan(args.sizes, args.encodings, overrides)
-    show_plan(entries)
+    if args.dry_run or not quiet():
+        show_plan(entries)
     if args.dry_run:
         return
     refuse_conflicts(entries)

@@ -10,9 +10,10 @@ import sys
 
 import system.host  # noqa: F401  before torch, which reads what it sets
 from config import Config, load_config
+from system.console import help_first
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):  # torch takes seconds to import, help should not
-    load_config(sys.argv[1:])
+if __name__ == "__main__":
+    help_first(lambda: load_config(sys.argv[1:]))
 
 from torch import nn
 

@@ -1,7 +1,6 @@
 """--init_from: weights to start from, of a Hugging Face folder or of a run, where there is no checkpoint to go on from."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from huggingface.weights import transposed
 from model import GPT
+from system.console import remark
 from system.errors import UserError
 from system.fsdp import cut
 from training.checkpoint import MODEL, find_checkpoint
@@ -60,7 +60,7 @@ def load_initial(path: str, model: GPT, say: bool = False) -> None:
         notes.append(f"{shown(sorted(fresh))} as initialized: of encoding {model.cfg.encoding!r}")
     model.load_state_dict(own | {name: cut(p.to(own[name].dtype), own[name]) for name, p in weights.items()})
     if say:
-        print("; ".join([f"init_from: weights from {found.file}", *notes]), file=sys.stderr)
+        remark("; ".join([f"init_from: weights from {found.file}", *notes]))
 
 
 def of_encoding(name: str) -> bool:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from system.console import no_bar
 from system.errors import UserError
 from system.files import sha256_file
 from text.corpus import one_line
@@ -148,7 +149,7 @@ class HubFiles:
         if have < file.size or not have:
             url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self.revision)
             headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-            bar = tqdm(total=file.size, initial=have, desc=file.name, unit="B", unit_scale=True, disable=None, leave=False)
+            bar = tqdm(total=file.size, initial=have, desc=file.name, unit="B", unit_scale=True, disable=no_bar(), leave=False)
             with bar, get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
                 hf_raise_for_status(response)
                 continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from system.console import quiet, remark
 from system.errors import UserError
 from system.files import locked, put_in_place, sha256_file, write_json
 from text.hub import HUB, HubFiles, difference
@@ -198,10 +199,10 @@ def check_space(source: HubFiles | FolderShards, planned: list[Planned], todo: l
     """Say what is to come. Raises UserError if the disk is too small for it."""
     need = sum(0 if linkable(source.cached(source.files[p.file]), out) else source.missing_bytes(p.file) for p in todo)
     tokens, free = sum(p.tokens for p in planned), shutil.disk_usage(out).free
-    print(
+    remark(
         f"{out}: {tokens:,} tokens in {len(planned)} shards, {len(planned) - len(todo)} are there; the rest needs "
         f"{gigabytes(need)}, {gigabytes(free)} are free",
-        flush=True,
+        stdout=True,
     )
     if need > free:
         raise UserError(
@@ -231,7 +232,8 @@ def bring(source: HubFiles | FolderShards, planned: Planned, book: Book) -> None
         path.unlink()
         raise
     book.add(shard, path)
-    tqdm.write(f"{planned.name}: {shard['tokens']:,} tokens, from {file.name}")
+    if not quiet():
+        tqdm.write(f"{planned.name}: {shard['tokens']:,} tokens, from {file.name}")
 
 
 def link_or_copy(path: Path, new: Path) -> Path:

@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from system.console import quiet
+
 
 def gigabytes(n_bytes: int) -> str:
     """Bytes for people, in units of 1000."""
@@ -10,7 +12,7 @@ def gigabytes(n_bytes: int) -> str:
 
 
 def progress_bar(expected: int, done: int) -> Any:  # -> tqdm
-    """A bar in tokens on a terminal; a line every ten seconds elsewhere."""
+    """A bar in tokens on a terminal; a line a minute elsewhere, nothing with --quiet."""
     from tqdm import tqdm
 
     class Lines:
@@ -27,6 +29,7 @@ def progress_bar(expected: int, done: int) -> Any:  # -> tqdm
         unit="tok",
         unit_scale=True,
         dynamic_ncols=terminal,
-        mininterval=0.1 if terminal else 10,
+        mininterval=0.1 if terminal else 60,
         file=sys.stderr if terminal else Lines(),
+        disable=quiet(),
     )

@@ -22,6 +22,7 @@ from config import FREE_ON_RESUME, Config, to_toml
 from data import TokenStream, check_unchanged
 from distributed import Distributed
 from model import GPT
+from system.console import remark
 from system.errors import EXIT_REQUEUE, UserError
 from system.files import atomic_write, locked, write_json
 from training.checkpoint import (
@@ -256,11 +257,10 @@ class Run:
             self._open_things.callback(tracker.close)
         self._open_things.callback(self._farewell)
         n = this_start["n_params"]
-        print(
+        remark(
             f"{self.folder}: {self.cfg.encoding}, {n['total']:,} parameters ({n['embedding']:,} of the embedding and head, "
             f"{n['encoding']:,} of positions), {self.dist.world_size} × {this_start['device']} in {this_start['dtype']}, "
-            f"from step {self._start}",
-            file=sys.stderr,
+            f"from step {self._start}"
         )
 
     def _earlier_starts(self) -> list[Any]:

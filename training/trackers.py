@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from config import Config
+from system.console import quiet
 from system.errors import UserError
 
 
@@ -131,12 +132,12 @@ class TensorBoard:
 class Progress:
     """A bar with loss, tokens/s, MFU and ETA on a terminal; elsewhere a line every `seconds`."""
 
-    def __init__(self, cfg: Config, start: int, shown: bool, seconds: float = 10.0) -> None:
+    def __init__(self, cfg: Config, start: int, shown: bool, seconds: float = 60.0) -> None:
         self._bar: Any = None
-        self._shown, self._seconds, self._next_line = shown, seconds, 0.0
+        self._shown, self._seconds, self._next_line = shown and not quiet(), seconds, 0.0
         self._steps = cfg.steps
         self._last: dict[str, Any] = {}
-        if shown and sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty():
             self._bar = tqdm(total=cfg.steps, initial=start, desc=cfg.name, unit="step", dynamic_ncols=True)
 
     def update(self) -> None:

@@ -1,0 +1,102 @@
+"""What commands say: nothing but results with --quiet, lines without escapes in a log, a bar on a terminal, help at once."""
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
+TOY = ["--n_layer=1", "--micro_batch=4", "--tokens_per_step=256", "--steps=4", "--eval_tokens=200", "--final_eval_tokens=200"]
+
+
+def words(script: str, corpus: Path, runs: Path, out: Path) -> list[object]:
+    """A command line for each script that has something to do without more packages."""
+    here = [f"--data={corpus}", f"--out_dir={out}", "--device=cpu"]
+    return {
+        "prepare_fineweb.py": ["--source", "demo", "--tokenizer", "bytes", "--out", out / "d", "--limit_tokens", 9000,
+                               "--val_tokens", 3000, "--shard_tokens", 3000],
+        "train.py": ["config/lab.toml", *here, *TOY, "--wandb=offline", "--name=r"],
+        "eval_ppl.py": [runs / "carope", "--lengths", 32, "--max_tokens", 500],
+        "sample.py": [runs / "carope", "--prompt", "A", "--max_new_tokens", 5],
+        "table1.py": ["--sizes", "lab", "--encodings", "rope", "--lengths", 64, "--max_tokens", 500, *here, *TOY],
+        "lab.py": ["--encodings", "rope", "--seeds", 1, "--lengths", 64, "--max_tokens", 500, *here, *TOY],
+        "analyze.py": ["freq", runs / "carope", "--max_tokens", 500, "--out", out / "a"],
+        "report.py": [runs / "carope", "-o", out / "r.html", "--samples", 0],
+        "export_hf.py": [runs / "rope" if (runs / "rope").exists() else runs / "carope", out / "hf"],
+    }[script]  # fmt: skip
+
+
+QUIET = {  # how many lines of results a script prints on stdout
+    "prepare_fineweb.py": range(1, 2), "train.py": range(1), "eval_ppl.py": range(1, 9), "sample.py": range(1, 9),
+    "table1.py": range(1, 12), "lab.py": range(1, 16), "analyze.py": range(1, 2), "report.py": range(1, 2),
+    "export_hf.py": range(1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", QUIET)
+def test_with_quiet_there_are_results_and_nothing_else(script, corpus, runs, tmp_path):
+    done = run_command(script, *words(script, corpus, runs, tmp_path), "--quiet", env={"WANDB_SILENT": "false"})
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) in QUIET[script] and "\x1b" not in done.stdout
+
+
+def test_quiet_keeps_errors(tmp_path):
+    done = run_command("train.py", f"--data={tmp_path / 'none'}", "--quiet", f"--out_dir={tmp_path}")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["prepare_fineweb.py", "train.py", "eval_ppl.py", "lab.py"])
+def test_a_log_gets_lines_without_escapes(script, corpus, runs, tmp_path):
+    done = run_command(script, *words(script, corpus, runs, tmp_path), env={"WANDB_SILENT": "false"})
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and said and "\x1b" not in said and "\r" not in said
+    if script == "train.py":
+        assert [line.split(":")[0] for line in said.splitlines() if line.startswith("step ")][-1] == "step 4/4"
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_a_terminal_gets_a_bar_unless_it_is_to_be_quiet(options, corpus, tmp_path):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "train.py", "config/lab.toml", f"--data={corpus}", f"--out_dir={tmp_path}", "--device=cpu", *TOY]
+    child = subprocess.Popen([*command, *options], cwd=ROOT, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            said += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert child.wait() == 0
+    if options:
+        assert said == b""
+    else:
+        assert b"4/4" in said and b"\r" in said and b"step" in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_examples_and_comes_before_torch(script):
+    began = time.monotonic()
+    done = run_command(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    took = time.monotonic() - began
+    assert done.returncode == 0 and "| torch\n" not in done.stderr, took
+    assert f"python {script}" in done.stdout or f"{script} config/" in done.stdout
+    assert script == "launch.py" or "--quiet" in done.stdout
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "launch.py"])
+def test_an_option_that_is_not_there_is_one_line(script, runs):
+    run = runs / "carope"
+    needed = {
+        "prepare_fineweb.py": [], "train.py": [], "table1.py": [], "lab.py": [], "bench.py": ["data"],
+        "analyze.py": ["freq", run], "export_hf.py": [run, "out"], "eval_tasks.py": [run, "--tasks=piqa"],
+    }  # fmt: skip
+    done = run_command(script, *needed.get(script, [run]), "--no_such_option=1")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "no_such_option" in done.stderr
