@@ -49,6 +49,12 @@ def parse_args() -> argparse.Namespace:
         help="of --rope_scaling, at least 1: evaluation length over training length, the run's block_size",
     )
     add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
+    add(
+        "--wandb",
+        action="store_true",
+        help="also put each run's results into its own run at Weights & Biases, online or offline as it was trained: "
+        "the table `perplexity` and summary values as perplexity/512",
+    )
     return parser.parse_args()
 
 
@@ -70,6 +76,7 @@ from system.files import write_json
 from system.fsdp import is_sharded, uncompiled
 from training.checkpoint import load_model
 from training.provenance import git_version
+from training.upload import tracked, upload
 
 
 @dataclass(frozen=True)
@@ -250,6 +257,8 @@ def main() -> None:
     for path in filter(None, (args.json, args.figure)):
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: its folder is not there; make it first")
+    for path in args.runs if args.wandb else []:
+        tracked(path)
     with Distributed.start(args.device, args.dtype or "auto") as dist:
         results: list[dict[str, Any]] = []
         for path in args.runs:
@@ -267,6 +276,9 @@ def main() -> None:
             print(render(results))
             tokens = max((r["tokens"] or 0 for r in results), default=0)
             print(f"perplexity ± standard error over windows, {tokens:,} tokens, {results[0]['dtype']} on {dist.device.type}")
+        with dist.together():  # last: whatever happens to it, the results are there
+            for i, path in enumerate(args.runs if args.wandb and dist.is_main else []):
+                upload(path, results[i * len(args.lengths) :][: len(args.lengths)])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ it was. Writes table1.md, table1.json and table1.png.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[dict[str,
     wanted = {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths}
     if not wanted <= {(r["length"], r["step"], r["max_tokens"]) for r in read_results(path)}:
         evaluate_entry(entry, args, path)
+        if entry.cfg.wandb != "disabled":
+            share(entry.cfg.folder, read_results(path))
     results = {r["length"]: r for r in read_results(path)}
     paper = {length: PAPER.get((entry.size, length), {}).get(entry.variant) for length in args.lengths}
     about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}
@@ -91,6 +94,16 @@ def evaluate_entry(entry: Entry, args: argparse.Namespace, path: Path) -> None:
         results = evaluate_run(entry.cfg.folder, args.lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
     write_json(path, results)
     print(", ".join(f"{r['length']}: {r['perplexity']:.2f}" if r["perplexity"] else f"{r['length']}: –" for r in results))
+
+
+def share(folder: Path, results: list[dict[str, Any]]) -> None:
+    """Put the results of the run in `folder` into its run at Weights & Biases; the table does without where that fails."""
+    from training.upload import upload
+
+    try:
+        upload(folder, results)
+    except UserError as error:
+        print(f"warning: {error}; eval_ppl.py {folder} --wandb uploads its perplexities", file=sys.stderr)
 
 
 def render(results: list[dict[str, Any]]) -> str:

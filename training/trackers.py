@@ -1,5 +1,6 @@
 """Who watches a run: the terminal, Weights & Biases, TensorBoard. Each takes the records of log.jsonl."""
 
+import os
 import secrets
 import struct
 import sys
@@ -14,6 +15,9 @@ from tqdm import tqdm
 from config import Config
 from system.console import quiet
 from system.errors import UserError
+
+WANDB_ID = "wandb_id"  # in the run folder
+FINISH_S = 60.0
 
 
 class Tracker(Protocol):
@@ -45,23 +49,13 @@ class WandB:
     """
 
     def __init__(self, cfg: Config, folder: Path, log: list[dict[str, Any]]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(f"wandb = {cfg.wandb!r}: `pip install wandb`, or --wandb=disabled") from None
-        id_file = folder / "wandb_id"
+        id_file = folder / WANDB_ID
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
+        self._run = start_wandb(cfg, folder)
+        # Our step is a metric like others: wandb's own only grows, and drops what a continued run adds to its last step
+        self._run.define_metric("*", step_metric="step")
         self._held = wandb_history(folder) if cfg.wandb == "offline" else Counter()
-        try:
-            self._run = wandb.init(
-                project=cfg.wandb_project, name=cfg.name, id=id_file.read_text(), resume="allow", mode=cfg.wandb,
-                dir=str(folder), config=cfg.model_dump(),
-            )  # fmt: skip
-            # Our step is a metric like others: wandb's own only grows, and drops what a continued run adds to its last step
-            self._run.define_metric("*", step_metric="step")
-        except wandb.errors.Error as error:
-            raise UserError(f"wandb = {cfg.wandb!r}: {error}; --wandb=offline needs no account") from None
         for record in log if cfg.wandb == "offline" else []:
             self.log(record)
 
@@ -71,6 +65,27 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def start_wandb(cfg: Config, folder: Path) -> Any:
+    """wandb's run of the id in the run folder: a new one, or that of an earlier start gone on with.
+
+    Raises UserError where there is none to be had. A server that does not answer is given up after 90 s (WANDB_INIT_TIMEOUT).
+    One that goes away later lacks what is then on disk only, and costs FINISH_S at the end (WANDB_FINISH_TIMEOUT), where wandb
+    itself would wait on.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"wandb = {cfg.wandb!r}: `pip install wandb`, or --wandb=disabled") from None
+    try:
+        return wandb.init(
+            project=cfg.wandb_project, name=cfg.name, id=(folder / WANDB_ID).read_text(), resume="allow", mode=cfg.wandb,
+            dir=str(folder), config=cfg.model_dump(),
+            settings={} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": FINISH_S},
+        )  # fmt: skip
+    except wandb.errors.Error as error:
+        raise UserError(f"wandb = {cfg.wandb!r}: {error}; --wandb=offline needs no account") from None
 
 
 def wandb_history(folder: Path) -> Counter[tuple[int, bool]]:
