@@ -3,6 +3,7 @@
     python analyze.py freq runs/small-carope --text "In 1969, three people flew to the Moon."
     python analyze.py intervene runs/small-carope --lengths 512 1024
     python analyze.py attention runs/small-rope runs/small-carope
+    python analyze.py tasks runs/small-rope runs/small-carope
 
 `analyze.py COMMAND --help` says what each looks at. Files go to --out, by default RUN/analysis of the first run.
 """
@@ -20,7 +21,7 @@ from system.console import CommandLine
 from system.errors import UserError, command
 from system.files import write_json
 
-COMMANDS = ("freq", "intervene", "attention")
+COMMANDS = ("freq", "intervene", "attention", "tasks")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -37,9 +38,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if name not in argv[:1]:  # the modules import torch, which takes seconds
             continue
         module = importlib.import_module(f"analysis.{name}")
-        sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+        own_data = getattr(module, "OWN_DATA", False)
+        text = "run folder (its newest valid checkpoint) or checkpoint folder"
+        sub.add_argument("runs", nargs="*" if own_data else "+", metavar="RUN", help=text)
         module.add_arguments(sub)
-        sub.add_argument("--data", help="folder of token shards [default: the one the run was trained on]")
+        if not own_data:
+            sub.add_argument("--data", help="folder of token shards [default: the one the run was trained on]")
         sub.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto]")
         sub.add_argument("--out", metavar="FOLDER", help="where the files go [default: RUN/analysis of the first run]")
         sub.set_defaults(module=module)
@@ -52,6 +56,8 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     if missing := next((run for run in args.runs if not Path(run).is_dir()), None):
         raise UserError(f"{missing}: no such run folder")
+    if not args.runs:
+        return args.module.run_without(args)
     out = Path(args.out or Path(args.runs[0]) / "analysis")
     out.mkdir(parents=True, exist_ok=True)
     found = args.module.run(args, out)

@@ -217,3 +217,8 @@ def test_what_is_not_a_plain_perplexity_has_another_name():
     assert summary_key(plain) == "perplexity/512"
     assert summary_key(plain | {"rope_scaling": "yarn", "scale": 4.0}) == "perplexity/512/yarn4"
     assert summary_key(plain | {"stride": 256}) == "perplexity/512/stride256"
+
+
+def test_an_unusable_setting_in_the_environment_is_one_line(small):
+    done = run_command("train.py", *small, "--name=r", "--wandb=offline", env={"WANDB_SILENT": ""})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "silent" in done.stderr

@@ -84,7 +84,7 @@ def start_wandb(cfg: Config, folder: Path) -> Any:
             dir=str(folder), config=cfg.model_dump(),
             settings={} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": FINISH_S},
         )  # fmt: skip
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:  # also of an unusable WANDB_… in the environment
         raise UserError(f"wandb = {cfg.wandb!r}: {error}; --wandb=offline needs no account") from None
 
 
