@@ -13,6 +13,7 @@ from numpy import __version__ as numpy_version
 from tqdm import tqdm
 
 from analysis.task_data import LONGEST, SHORTEST, VOCABULARIES, block
+from system.console import no_bar
 from system.errors import UserError
 from system.files import locked, write_json
 from text.shards import MANIFEST, SHARD_SUFFIXES, ShardWriter
@@ -59,7 +60,7 @@ def write_one(
     """Write the blocks `numbers` of a split as one shard, whole or not at all; returns its entry in the manifest."""
     shard, documents = ShardWriter(path, len(numbers) * length), 0
     try:
-        for index in tqdm(numbers, desc=path.name, unit="window", leave=False, disable=None):
+        for index in tqdm(numbers, desc=path.name, unit="window", leave=False, disable=no_bar()):
             for tokens in block(tasks, seed, split, index, length, tokenizer):
                 documents += 1
                 shard.write(tokens)

@@ -129,8 +129,8 @@ def measure(model: GPT, tokenizer: str, task: str, length: int, examples: int, s
         n_answers = some[0].answers
         logits_BAK = answer_logits(model, idx_BT[:, :-1], n_answers, choices_K)
         one_right_BA, one_nll_BA = grade(logits_BAK, idx_BT[:, -n_answers:], choices_K)
-        right.append(one_right_BA.cpu())
-        nll.append(one_nll_BA.cpu())
+        right.append(one_right_BA)
+        nll.append(one_nll_BA)
     right_BA, nll_BA = torch.cat(right).double(), torch.cat(nll)
     accuracy, stderr = mean_and_error(right_BA.mean(1))
     mean_nll, nll_stderr = mean_and_error(nll_BA.mean(1))
@@ -160,9 +160,10 @@ def answer_logits(model: GPT, idx_BT: Tensor, n_answers: int, choices_K: Tensor)
 
 
 def grade(logits_BAK: Tensor, answers_BA: Tensor, choices_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the likeliest choice is the answer, (B, A) bool, and the answer's loss over the choices, nats, (B, A) float64."""
-    index_BA1 = (answers_BA[..., None] == choices_K).int().argmax(-1, keepdim=True)
-    nll_BA = -logits_BAK.double().log_softmax(-1).gather(-1, index_BA1)[..., 0]
+    """If the likeliest choice is the answer, (B, A) bool, and its loss over the choices, nats, (B, A) float64, on CPU."""
+    logits_BAK = logits_BAK.cpu().double()
+    index_BA1 = (answers_BA[..., None] == choices_K).int().argmax(-1, keepdim=True).cpu()
+    nll_BA = -logits_BAK.log_softmax(-1).gather(-1, index_BA1)[..., 0]
     return logits_BAK.argmax(-1) == index_BA1[..., 0], nll_BA
 
 
