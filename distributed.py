@@ -198,14 +198,15 @@ class Distributed:
         self.any(False)
 
     def peak_memory(self) -> int:
-        """Most bytes held so far: of device memory on a GPU (Apple's: held now), of resident memory on a CPU."""
+        """Most bytes held so far: of device memory on a GPU (Apple's: held now), of resident memory on a CPU (Windows: 0)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.device.type == "mps":
             return torch.mps.driver_allocated_memory()  # which the allocator keeps for itself
-        import resource
-        import sys
-
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def peak_flops(self) -> float | None:

@@ -27,7 +27,8 @@ def launch(arguments: list[str]) -> int:
     def stop(number: int, _frame: object) -> NoReturn:
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
-    signal.signal(signal.SIGUSR1, stop)  # torchrun minds SIGTERM and SIGINT itself
+    if hasattr(signal, "SIGUSR1"):  # not on Windows; torchrun minds SIGTERM and SIGINT itself
+        signal.signal(signal.SIGUSR1, stop)
     options = torchrun.parse_args(arguments)
     if (options.rdzv_backend, options.rdzv_endpoint, options.master_port, options.nnodes) == ("static", "", None, "1:1"):
         options.standalone = True

@@ -16,6 +16,7 @@ from typing import IO, Any
 from system.errors import UserError
 
 LOCK = ".lock"
+LOCKED_BYTE = 2**30  # on Windows, where what is locked cannot be read: far behind the text
 
 
 @contextmanager
@@ -36,8 +37,11 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` (a rename, a new file) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make the names in `folder` (a rename, a new file) survive a power cut; on Windows that is left to its journal."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
     try:
         os.fsync(descriptor)
     finally:
@@ -46,7 +50,7 @@ def fsync_folder(folder: Path) -> None:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Rename a finished file to `path`, safe from a power cut."""
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:  # Windows syncs what is open for writing only
         os.fsync(file.fileno())
     os.replace(temporary, path)
     fsync_folder(path.parent)
@@ -69,12 +73,10 @@ def write_json(path: Path, value: Any) -> None:
 def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Make `folder` and keep other processes out of it; on leaving, a folder that was made and stayed empty goes away.
 
-    The lock is the kernel's (flock): it ends with its owner, however that ends. The file says who the owner is.
+    The lock is the kernel's: it ends with its owner, however that ends. The file says who the owner is.
     Raises UserError, naming the owner, where another process holds it for `patience` seconds more, or for a folder that cannot
     be made or written.
     """
-    import fcntl  # there is none on Windows
-
     try:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     while True:
         with open(path, "a+") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except BlockingIOError:
                 if time.monotonic() < deadline:
                     time.sleep(0.1)
@@ -102,11 +104,28 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(PermissionError):  # on Windows, where what is open stays
+                    path.unlink(missing_ok=True)
                 if made:
                     with suppress(OSError):  # not empty
                         folder.rmdir()
             return
+
+
+def _lock(file: IO[str]) -> None:
+    """Take the file's lock. Raises BlockingIOError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        file.seek(LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BlockingIOError(*error.args) from None
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _owner(path: Path) -> str:

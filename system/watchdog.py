@@ -31,7 +31,7 @@ def follow_parent() -> None:
     parent = os.environ.get(PARENT)
     if parent is None and "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent is not None and parent != str(os.getppid()):
             print("error: the process that started this one is gone", file=sys.stderr)

@@ -39,7 +39,8 @@ from training.provenance import environment, git_version
 from training.trackers import Progress, Tracker, make_trackers
 
 LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns with the last
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Slurm warns with the last, which Windows does not have
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 class Leaving(Exception):
