@@ -107,10 +107,12 @@ def run_line(monkeypatch, capfd, line: str) -> None:
     program, *words = words_of(line)
     if program == "make":
         assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True).returncode == 0
-    elif program == "torchrun" or words[:1] == ["launch.py"]:
+    elif program == "torchrun" or words[0] in ("-m", "launch.py"):
         command = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
+        if "pytest" in words:  # the tests have their turn elsewhere
+            command += ["--collect-only", "--rootdir", ROOT]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}: {done.stderr}"
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     else:
         assert program == "python", f"{line}: not known how to run it"
         if "train.py" not in words:
@@ -180,3 +182,14 @@ def test_the_mistakes_of_your_text_are_refused_as_the_page_says(inside, monkeypa
             call(monkeypatch, capfd, script, *words.split())
         assert message.replace("\\|", "|") in str(refused.value), f"{script} {words}"
         assert "Traceback" not in str(refused.value) and not Path("data/new/manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["halves", "log_rope", "square_root", "budget"])
+def test_the_examples_of_new_encoding_pass_what_the_registry_passes(name, inside, monkeypatch, capfd):
+    import test_positional
+
+    run_page("docs/new-encoding.md", monkeypatch, capfd)
+    test_positional.test_no_gradient_flows_from_a_position_to_later_tokens(name)
+    test_positional.test_decoding_with_the_cache_equals_the_full_forward_also_past_the_training_length(name)
+    test_positional.test_every_parameter_is_initialized_and_the_rest_of_the_model_starts_the_same(name)
+    test_positional.test_every_parameter_of_the_encoding_learns_from_the_start(name)
