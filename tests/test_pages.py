@@ -76,7 +76,6 @@ def inside(checkout, monkeypatch):
     from positional import ENCODINGS
 
     monkeypatch.chdir(checkout)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     registered = dict(ENCODINGS)
     yield checkout
@@ -87,12 +86,14 @@ def inside(checkout, monkeypatch):
 
 
 def call(monkeypatch, capfd, script: str, *words: str) -> None:
-    """Run a script of ours in this process."""
+    """Run a script of ours in this process. Raises AssertionError, with its stderr, where it fails."""
     monkeypatch.setattr(sys, "argv", [script, *words])
+    code: object = 0
     try:
         importlib.import_module(script.removesuffix(".py")).main()
     except SystemExit as left:
-        assert not left.code, f"{script} {words}: {capfd.readouterr().err}"
+        code = left.code
+    assert not code, f"{script} {words}: {capfd.readouterr().err}"
 
 
 def train_what_is_named(monkeypatch, capfd, text: str) -> None:
@@ -137,13 +138,17 @@ def run_page(page: str, monkeypatch, capfd) -> None:
                 if command not in DONE:  # pages repeat each other's
                     run_line(monkeypatch, capfd, line)
                 DONE.add(command)
-        elif kind == "python" and ("transformers" not in block or importlib.util.find_spec("transformers")):
+        elif "transformers" in block and not importlib.util.find_spec("transformers"):
+            continue  # pip install -r requirements-eval.txt
+        elif kind == "python":
+            if "transformers" in block:  # the code beside the weights is copied there
+                monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(Path("modules").absolute()))
             train_what_is_named(monkeypatch, capfd, block)
             exec(compile(block, page, "exec"), names)
 
 
 def test_what_is_not_run_says_what_it_needs():
-    assert {kind for _, _, kind, _ in BLOCKS} == {"sh", "python"}, "write commands as sh"
+    assert {kind for _, _, kind, _ in BLOCKS} <= {"sh", "python", "toml", "json"}, "write commands as sh"
     for page, why_not, _, _ in BLOCKS:
         assert why_not is None or re.match("needs |hours", why_not), f"{page}: {why_not}"
     assert sum(text.count("<!-- not run: ") for text in PAGES.values()) == sum(why_not is not None for _, why_not, *_ in BLOCKS)
