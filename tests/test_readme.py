@@ -1,58 +1,17 @@
-"""The README: its commands run, its code runs, its numbers have a file behind them."""
+"""The README: its encoding is one class, its numbers have a file behind them. Its commands run in test_pages.py."""
 
 import json
 import re
-import shlex
-import subprocess
 
 import pytest
-from conftest import ROOT, run_command, torchrun
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-CODE = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("sh", "python")}
-COMMANDS = [shlex.split(line, comments=True) for block in CODE["sh"] for line in block.splitlines() if line.strip()]
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=32", "--vocab_size=320", "--steps=2", "--warmup_steps=0",
     "--eval_tokens=500", "--final_eval_tokens=500", "--micro_batch=4", "--tokens_per_step=256", "--device=cpu",
 ]  # fmt: skip
-
-
-def test_every_command_of_the_readme_runs_at_demo_scale(corpus, tmp_path):
-    """In the README's order, with the corpus in place of FineWeb-Edu and a toy in place of each model."""
-    here = [f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
-    seen = set()
-    for program, *words in COMMANDS:
-        if program == "make":
-            assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True).returncode == 0
-            continue
-        if program == "torchrun":
-            nproc = int(words[1].removeprefix("--nproc_per_node="))
-            done = torchrun(nproc, *words[2:], *here)
-        elif words[0] == "prepare_fineweb.py":
-            small = ["--source", "demo", "--limit_tokens", "30_000", "--val_tokens", "10_000"]
-            done = run_command(*words, *small, "--out", tmp_path / "data")
-        elif words[0] == "table1.py":
-            one = ["--sizes", "tiny", "--encodings", "rope", "--lengths", "32", "--max_tokens", "500"]
-            small = [] if "--dry_run" in words else one
-            done = run_command(*words, *small, *here)
-        elif words[0] == "lab.py":  # tests/test_lab.py does more than plan
-            done = run_command(*words, "--dry_run", *here)
-        elif words[0] == "report.py":  # the shell's part, then the page; tests/test_report.py looks at it
-            folders = sorted(path.parent for path in tmp_path.glob("*/config.toml"))
-            words = [
-                word for w in words for word in (folders if w == "runs/*" else [w.replace("report.html", f"{tmp_path}/r.html")])
-            ]
-            done = run_command(*words)
-        elif words[0] == "train.py":
-            done = run_command(*words, *here)
-        else:
-            if not (tmp_path / "small-rope").exists():  # the README trains one of the two it compares
-                run_command("train.py", "config/small.toml", "config/rope.toml", *here)
-            words = [word.replace("runs/", f"{tmp_path}/") for word in words]
-            done = run_command(*words, *(["--max_tokens", 2000] if words[0] == "eval_ppl.py" else []))
-        assert done.returncode == 0, f"{program} {words}: {done.stderr}"
-        seen.add(words[0])
-    assert {"prepare_fineweb.py", "train.py", "eval_ppl.py", "sample.py", "table1.py", "report.py"} <= seen
 
 
 def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class(corpus, tmp_path):
@@ -66,7 +25,7 @@ def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class(corpus, t
 
     names: dict = {}
     try:
-        for block in CODE["python"]:
+        for block in CODE:
             exec(block, names)
         assert names["model"].cfg.n_layer == 4
         cfg = names["load_config"]([*SCALE, "--encoding=half_rope", f"--data={corpus}", f"--out_dir={tmp_path}", "--name=half"])
