@@ -5,8 +5,6 @@ import re
 import pytest
 from conftest import ROOT
 
-from config import load_config
-
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
