@@ -210,7 +210,8 @@ def draw(found: list[dict[str, Any]], tasks: list[str], path: Path) -> None:
             continue
         for number, one in enumerate(found):
             shown = [r for r in one["results"] if r["task"] == tasks[i] and r["accuracy"] is not None]
-            at, accuracy, error = ([r[key] for r in shown] for key in ("factor", "accuracy", "stderr"))
+            accuracy, error = ([r[key] for r in shown] for key in ("accuracy", "stderr"))
+            at = [r["factor"] * 1.04 ** (number - (len(found) - 1) / 2) for r in shown]  # side by side
             axis.errorbar(
                 at, accuracy, error, label=f"{one['run']} ({one['encoding']})", capsize=2, elinewidth=1, **line(number)
             )

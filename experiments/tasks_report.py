@@ -34,17 +34,16 @@ def render(found: dict[str, Any]) -> str:
     """A row per task and encoding, a column per multiple of the training length."""
     merged = merge(found)
     factors = list(dict.fromkeys(r["factor"] for r in merged[0]["results"]))
-    lines = [f"| accuracy at × {found['runs'][0]['block_size']} | | {' | '.join(map(str, factors))} |"]
-    lines.append("|---|---|" + "---:|" * len(factors))
+    lines = [f"| accuracy at × {found['runs'][0]['block_size']} | | {' | '.join(map(str, factors))} | n |"]
+    lines.append("|---|---|" + "---:|" * (len(factors) + 1))
     for task, chance in dict.fromkeys((r["task"], r["chance"]) for r in merged[0]["results"]):
         for i, one in enumerate(merged):
             row = [r for r in one["results"] if r["task"] == task]
             cells = ["–" if r["accuracy"] is None else f"{r['accuracy']:.2f} ± {r['stderr']:.2f}" for r in row]
             title = f"{task} (a guess: {chance:.2f})" if i == 0 else ""
-            lines.append(f"| {title} | {one['encoding']} | {' | '.join(cells)} |")
-    n = " to ".join(map(str, sorted({one["n"] for one in merged})))
+            lines.append(f"| {title} | {one['encoding']} | {' | '.join(cells)} | {one['n']} |")
     examples = max(r["n"] for one in found["runs"] for r in one["results"])
-    lines.append(f"\nMean ± standard error over {n} runs of each encoding; {examples} examples of each task and length.")
+    lines.append(f"\nMean ± standard error over n runs, of a single run over its {examples} examples.")
     return "\n".join(lines) + "\n"
 
 
