@@ -276,3 +276,9 @@ def test_runs_of_several_seeds_become_one_line():
     text = tasks_report.render(found)
     assert "| copy (a guess: 0.10) | rope | 0.60 ± 0.10 | 0.25 ± 0.00 | 2 |\n|  | learned | 1.00 ± 0.03 | – | 1 |\n" in text
     assert "of a single run over its 9 examples" in text
+
+
+def test_the_table_of_the_findings_is_that_of_the_runs():
+    found = json.loads(tasks_report.RESULTS.read_text())
+    assert f"<!-- tasks -->\n{tasks_report.render(found)}<!-- end -->" in tasks_report.PAGE.read_text()
+    assert {"command", "git", "date", "trained"} <= set(found) and "dirty" not in found["git"] + json.dumps(found["trained"])
