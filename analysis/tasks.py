@@ -211,10 +211,10 @@ def draw(found: list[dict[str, Any]], tasks: list[str], path: Path) -> None:
             continue
         for number, one in enumerate(found):
             shown = [r for r in one["results"] if r["task"] == tasks[i] and r["accuracy"] is not None]
-            at, accuracy, error = ([r[key] for r in shown] for key in ("factor", "accuracy", "stderr"))
-            axis.errorbar(
-                at, accuracy, error, label=f"{one['run']} ({one['encoding']})", capsize=2, elinewidth=1, **line(number)
-            )
+            accuracy, error = ([r[key] for r in shown] for key in ("accuracy", "stderr"))
+            at = [r["factor"] * 1.04 ** (number - (len(found) - 1) / 2) for r in shown]  # side by side
+            label = one["run"] if one["run"] == one["encoding"] else f"{one['run']} ({one['encoding']})"
+            axis.errorbar(at, accuracy, error, label=label, capsize=2, elinewidth=1, **line(number))
         factors = sorted({r["factor"] for one in found for r in one["results"]})
         chance = 1 / len(TASKS[tasks[i]].choices)
         axis.plot([factors[0], factors[-1]], [chance] * 2, label="a guess", **BASELINE)

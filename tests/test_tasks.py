@@ -17,6 +17,7 @@ import analyze
 from analysis import task_data, tasks
 from analysis.task_data import SHORTEST, TASKS, VOCABULARIES, Example, block, example, ids_of
 from config import load_config
+from experiments import tasks_report
 from positional import ENCODINGS
 from system.errors import UserError
 from text.shards import find_shards, open_shard, read_manifest
@@ -259,3 +260,25 @@ def test_a_vocabulary_without_the_tasks_letters_is_refused(runs, tmp_path, monke
     args = SimpleNamespace(factors=[1], tasks=["copy"], examples=2, seed=1)
     with pytest.raises(UserError, match=r"'gpt2' \(50257 ids\); it has 'gpt2' and vocab_size = 320"):
         tasks.measure_run("it", args, None)
+
+
+def test_runs_of_several_seeds_become_one_line():
+    def one(encoding: str, near: float, far: float | None) -> dict:
+        pairs = ((1, near), (2, far))
+        results = [{"task": "copy", "factor": f, "chance": 0.1, "accuracy": a, "stderr": a and 0.03, "n": 9} for f, a in pairs]
+        return {"run": f"{encoding}-{near}", "encoding": encoding, "block_size": 32, "results": results}
+
+    found = {"runs": [one("rope", 0.5, 0.25), one("learned", 1.0, None), one("rope", 0.7, 0.25)]}
+    rope, learned = tasks_report.merge(found)
+    assert [r["accuracy"] for r in rope["results"]] == pytest.approx([0.6, 0.25]) and rope["n"] == 2
+    assert [r["stderr"] for r in rope["results"]] == pytest.approx([0.1, 0.0])
+    assert [r["stderr"] for r in learned["results"]] == [0.03, None] and learned["n"] == 1
+    text = tasks_report.render(found)
+    assert "| copy (a guess: 0.10) | rope | 0.60 ± 0.10 | 0.25 ± 0.00 | 2 |\n|  | learned | 1.00 ± 0.03 | – | 1 |\n" in text
+    assert "of a single run over its 9 examples" in text
+
+
+def test_the_table_of_the_findings_is_that_of_the_runs():
+    found = json.loads(tasks_report.RESULTS.read_text())
+    assert f"<!-- tasks -->\n{tasks_report.render(found)}<!-- end -->" in tasks_report.PAGE.read_text()
+    assert {"command", "git", "date", "trained"} <= set(found) and "dirty" not in found["git"] + json.dumps(found["trained"])
