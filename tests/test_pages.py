@@ -35,6 +35,7 @@ MORE = {  # words that are added to a command which has these
     "table1.py --nproc": TABLE,
     "analyze.py freq": ["--max_tokens", "2048"],
     "analyze.py intervene": ["--max_tokens", "4096"],
+    "analyze.py tasks": ["--examples", "4"],
     "eval_ppl.py": ["--max_tokens", "4096"],
     "prepare_fineweb.py demo": ["--limit_tokens", "30_000", "--val_tokens", "10_000"],
 }

@@ -161,7 +161,7 @@ def edit_json(value: Any, edits: list[tuple[str, int, str, Any]]) -> Any:
 # ---------------------------------------------------------------- configuration
 
 SMALL: dict[str, Any] = {
-    "n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 300, "block_size": 4, "micro_batch": 2, "tokens_per_step": 16,
+    "n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 300, "block_size": 4, "micro_batch": 2, "tokens_per_step": 16,
     "steps": 8, "encoding": "carope", "lr": 1e-2, "name": "r", "tensorboard": False,
 }  # fmt: skip
 TOML = st.recursive(
