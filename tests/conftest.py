@@ -24,6 +24,14 @@ def run_command(*args: object, timeout: float = 300, **kwargs) -> subprocess.Com
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
+def keep_remote_code(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have transformers keep the code beside weights in `folder`, and no module of it outlive the test."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository on `n` gloo ranks."""
     env = {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})

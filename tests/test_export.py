@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT, keep_remote_code, run_command
 from test_positional import build
 
 from huggingface.bundle import bundle, needs
@@ -33,7 +33,7 @@ def saved(run, encoding: str, tokenizer: str = "bytes", vocab: int = 320):
 @pytest.fixture
 def transformers(monkeypatch, tmp_path):
     found = pytest.importorskip("transformers", reason="pip install -r requirements-eval.txt")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    keep_remote_code(monkeypatch, tmp_path / "modules")
     return found
 
 

@@ -18,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, keep_remote_code, run_command
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 BLOCK = re.compile(r"(?:<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -143,7 +143,7 @@ def run_page(page: str, monkeypatch, capfd) -> None:
             continue  # pip install -r requirements-eval.txt
         elif kind == "python":
             if "transformers" in block:  # the code beside the weights is copied there
-                monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(Path("modules").absolute()))
+                keep_remote_code(monkeypatch, Path("modules").absolute())
             train_what_is_named(monkeypatch, capfd, block)
             exec(compile(block, page, "exec"), names)
 
