@@ -51,7 +51,7 @@ def test_quiet_keeps_errors(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["prepare_fineweb.py", "train.py", "eval_ppl.py", "lab.py"])
+@pytest.mark.parametrize("script", ["prepare_fineweb.py", "train.py", "eval_ppl.py"])
 def test_a_log_gets_lines_without_escapes(script, corpus, runs, tmp_path):
     done = run_command(script, *words(script, corpus, runs, tmp_path), env={"WANDB_SILENT": "false"})
     said = done.stdout + done.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -88,21 +89,22 @@ def installed() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
+def attempt(command: list[str], **env: str) -> None:
+    """Run a command that may fail, for three minutes at most."""
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, capture_output=True, timeout=180, env=os.environ | env)
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium: this machine's, Debian's, or playwright's own."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
     if not installed() and shutil.which("apt-get") and os.geteuid() == 0:
-        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-            subprocess.run(
-                ["apt-get", "-qq", *words],
-                capture_output=True,
-                timeout=500,
-                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-            )
+        apt = "apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium"
+        attempt(["sh", "-c", apt], DEBIAN_FRONTEND="noninteractive")
     with sync_api.sync_playwright() as playwright:
         if not installed() and not Path(playwright.chromium.executable_path).exists():
-            subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], capture_output=True, timeout=500)
+            attempt([sys.executable, "-m", "playwright", "install", "chromium"])
         try:
             browser = playwright.chromium.launch(executable_path=installed(), args=["--no-sandbox"])
         except sync_api.Error as error:
