@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from system.files import atomic_write
+from system.files import write_blocks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"
@@ -126,12 +126,7 @@ def blocks() -> dict[str, str]:
 
 def main() -> None:
     """Put the tables into the page."""
-    page = PAGE.read_text()
-    for name, text in blocks().items():
-        before, rest = page.split(f"<!-- {name} -->\n")
-        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    with atomic_write(PAGE, "w") as file:
-        file.write(page)
+    write_blocks(PAGE, blocks())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import overlap_speed
 from benchmarks.scaling import Machine, describe, hours_from, machine_for, predict, render
 from config import Config, load_config
-from system.files import atomic_write
+from system.files import write_blocks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/scaling.md"
@@ -66,12 +66,7 @@ def blocks() -> dict[str, str]:
 
 def main() -> None:
     """Put the tables into the page."""
-    page = PAGE.read_text()
-    for name, text in blocks().items():
-        before, rest = page.split(f"<!-- {name} -->\n")
-        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    with atomic_write(PAGE, "w") as file:
-        file.write(page)
+    write_blocks(PAGE, blocks())
 
 
 if __name__ == "__main__":

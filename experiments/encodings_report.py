@@ -10,7 +10,7 @@ from typing import Any
 from config import load_config
 from experiments.plan import ROOT
 from positional import ENCODINGS
-from system.files import atomic_write
+from system.files import write_blocks
 
 PAGE = ROOT / "docs/encodings.md"
 ACTS = {
@@ -52,9 +52,7 @@ def render() -> str:
 
 def main() -> None:
     """Put the table into the page."""
-    text = PAGE.read_text()
-    with atomic_write(PAGE, "w") as file:
-        file.write(re.sub(r"(<!-- encodings -->\n).*?(<!-- end -->)", lambda m: m[1] + render() + m[2], text, flags=re.S))
+    write_blocks(PAGE, {"encodings": render()})
 
 
 if __name__ == "__main__":

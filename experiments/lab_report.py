@@ -15,7 +15,7 @@ import torch
 
 from experiments.plan import ROOT, Entry, read_results
 from positional import ENCODINGS
-from system.files import atomic_write
+from system.files import atomic_write, write_blocks
 from training.provenance import git_version
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
@@ -220,12 +220,7 @@ def blocks() -> dict[str, str]:
 
 def write_page() -> None:
     """Put the tables into docs/findings.md, and the laboratory's figure beside the page."""
-    page = PAGE.read_text()
-    for name, text in blocks().items():
-        before, rest = page.split(f"<!-- {name} -->\n")
-        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    with atomic_write(PAGE, "w") as file:
-        file.write(page)
+    write_blocks(PAGE, blocks())
     draw(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
 
 

@@ -4,13 +4,12 @@ python -m experiments.tasks_report    puts results/tasks-cpu.json into docs/find
 """
 
 import json
-import re
 from typing import Any
 
 from analysis.tasks import draw
 from experiments.lab_report import PAGE, mean_and_error
 from experiments.plan import ROOT
-from system.files import atomic_write
+from system.files import write_blocks
 
 RESULTS = ROOT / "results/tasks-cpu.json"
 
@@ -50,9 +49,7 @@ def render(found: dict[str, Any]) -> str:
 def main() -> None:
     """Put table and figure into docs/."""
     found = json.loads(RESULTS.read_text())
-    page = re.sub(r"(<!-- tasks -->\n).*?(<!-- end -->)", lambda m: m[1] + render(found) + m[2], PAGE.read_text(), flags=re.S)
-    with atomic_write(PAGE, "w") as file:
-        file.write(page)
+    write_blocks(PAGE, {"tasks": render(found)})
     merged = merge(found)
     draw(merged, list(dict.fromkeys(r["task"] for r in merged[0]["results"])), PAGE.parent / "tasks-cpu.png")
 

@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,6 +60,16 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
+    """Put each text of `blocks` into `page` between the lines <!-- its name --> and <!-- end -->, in place of what is there."""
+    whole = page.read_text()
+    for name, text in blocks.items():
+        before, rest = whole.split(f"<!-- {name} -->\n")
+        whole = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    with atomic_write(page, "w") as file:
+        file.write(whole)
 
 
 def write_json(path: Path, value: Any) -> None:
