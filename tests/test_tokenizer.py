@@ -40,6 +40,20 @@ def test_gpt2_is_encode_ordinary(text):
     assert tokenizer.encode(text).tolist() == tokenizer._tiktoken.encode_ordinary(text)
 
 
+@names
+@settings(deadline=None)
+@given(
+    texts=st.lists(
+        any_text | st.sampled_from(["<|endoftext|>", "a <|endof", "text|>", "end \n\n ", "\ud83d", "\ude00 b"]), min_size=1
+    )
+)
+def test_documents_are_encoded_as_each_alone(name, texts):
+    tokenizer = load_tokenizer(name)
+    ids = tokenizer.encode_documents(texts)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == [i for text in texts for i in (tokenizer.eot, *tokenizer.encode(text).tolist())]
+
+
 def test_published_ids():
     tokenizer = load_tokenizer("gpt2")
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]

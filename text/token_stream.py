@@ -9,7 +9,7 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import islice, zip_longest
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,19 +123,30 @@ def encode_in_order(
 
 
 def encode_batch(batch: Batch, tokenizer: Tokenizer) -> Encoded:
-    """Tokens of a batch: the end-of-text token before each document, nothing for a null or empty one."""
-    eot = np.array([tokenizer.eot], dtype=np.uint16)
-    parts, ends, end = [np.empty(0, dtype=np.uint16)], [], 0
-    for text, first in batch.pieces:
-        if text:
-            try:
-                ids = tokenizer.encode(text)
-            except ValueError as error:  # a run of some 100,000 spaces is too much for tiktoken's regular expression
-                raise UserError(f"{batch.name}: a document cannot be encoded ({error}): {text[:40]!r}…") from None
-            parts += [eot, ids] if first else [ids]
-            end += len(parts[-1]) + first
-        ends.append(end)
-    return Encoded(batch, np.concatenate(parts), np.array(ends))
+    """Tokens of a batch: the end-of-text token before each document, nothing for a null or empty one. Raises UserError."""
+    parts = [np.empty(0, dtype=np.uint16)]
+    sizes: list[int] = []  # tokens of each piece that has any
+    for first, run in groupby((piece for piece in batch.pieces if piece.text), key=lambda piece: piece.first):
+        texts = [piece.text or "" for piece in run]
+        try:
+            encoded = [tokenizer.encode_documents(texts)] if first else [tokenizer.encode(text) for text in texts]
+        except ValueError as error:  # a run of some 100,000 spaces is too much for tiktoken's regular expression
+            raise UserError(_which_fails(batch.name, texts, tokenizer, error)) from None
+        parts += encoded
+        begins = np.flatnonzero(encoded[0] == tokenizer.eot)
+        sizes += np.diff(begins, append=len(encoded[0])).tolist() if first else [len(ids) for ids in encoded]
+    of_texts = iter(sizes)
+    ends = np.cumsum([next(of_texts) if piece.text else 0 for piece in batch.pieces])
+    return Encoded(batch, np.concatenate(parts), ends)
+
+
+def _which_fails(name: str, texts: list[str], tokenizer: Tokenizer, error: ValueError) -> str:
+    for text in texts:
+        try:
+            tokenizer.encode(text)
+        except ValueError:
+            return f"{name}: a document cannot be encoded ({error}): {text[:40]!r}…"
+    return f"{name}: a document cannot be encoded ({error})"
 
 
 class ShardFolder:
