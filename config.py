@@ -291,7 +291,8 @@ def _shown(value: Any) -> str:
 
 
 def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    near.sort(key=lambda one: sorted(one) != sorted(word))  # of those as near, the one with the same letters: rpoe is rope
     return f"did you mean {prefix}{near[0]}? " if near else ""
 
 

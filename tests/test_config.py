@@ -75,6 +75,7 @@ def test_a_resolved_config_reads_back_as_it_was(values):
         (["--steps=0"], ["steps = '0'", "greater than 0"]),
         (["--lr=-1"], ["lr = '-1'", "greater than 0"]),
         (["--device=tpu"], ["device = 'tpu'", "'auto', 'cuda', 'mps' or 'cpu'"]),
+        (["--encoding=rpoe"], ["'rpoe'", "did you mean rope"]),
         (["--encoding=rop"], ["'rop'", "did you mean rope", "carope_hidden"]),
         (["--n_head=10"], ["n_head = 10", "n_embd = 768", "8, 12"]),
         (["--n_embd=36", "--n_head=4"], ["36 / 4 = 9", "even"]),
