@@ -18,6 +18,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from kernels.support import rotation_kernel
 from positional import ENCODINGS, PositionalEncoding
+from positional.base import widest
 
 
 class _Coordinates(KVCache):
@@ -136,6 +137,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         encoding = ENCODINGS[cfg.encoding]
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.head: nn.Module | None = None  # in place of wte's weights, with which it is tied: kernels.packed
         self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.wpe = None if encoding.per_layer else encoding(cfg)
@@ -212,7 +214,7 @@ class GPT(nn.Module):
             x_BTC = x_BTC[:, -1:]
         x_BTC = self.ln_f(x_BTC)
         if targets_BT is None:
-            return functional.linear(x_BTC, self.wte.weight)
+            return functional.linear(x_BTC, self.wte.weight) if self.head is None else self.head(x_BTC)
         return linear_cross_entropy(x_BTC, self.wte.weight, targets_BT, reduction)
 
     @torch.no_grad()
@@ -276,8 +278,14 @@ def sample_token(
         probs_BV = sorted_BV.softmax(-1)
         beyond_BV = probs_BV.cumsum(-1) - probs_BV >= top_p  # the token that crosses top_p stays in
         logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -math.inf)
-    probs_BV = logits_BV.softmax(-1)
+    # The cumulative distribution inverted at one number a row; torch.multinomial draws one for every id there is, on a CPU
+    # 1.3 ms a row. The number stays below the whole mass, so that an id of probability 0 is never found
+    mass_BV = logits_BV.softmax(-1, dtype=widest(logits_BV.device)).cumsum(-1)
+    options: Any = {"dtype": mass_BV.dtype, "device": mass_BV.device}
     if isinstance(generator, Sequence):
-        rows = zip(probs_BV.split(1), generator, strict=True)
-        return torch.cat([torch.multinomial(probs_1V, 1, generator=own) for probs_1V, own in rows]).squeeze(1)
-    return torch.multinomial(probs_BV, 1, generator=generator).squeeze(1)
+        drawn_B1 = torch.cat([torch.rand(1, 1, generator=own, **options) for own in generator])
+    else:
+        drawn_B1 = torch.rand(len(mass_BV), 1, generator=generator, **options)
+    whole_B1 = mass_BV[:, -1:]
+    at_B1 = torch.minimum(drawn_B1 * whole_B1, whole_B1.nextafter(torch.zeros_like(whole_B1)))
+    return torch.searchsorted(mass_BV, at_B1, right=True).squeeze(1)

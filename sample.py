@@ -46,6 +46,7 @@ if __name__ == "__main__":
 import torch
 
 from distributed import Distributed
+from kernels.packed import pack
 from model import GPT
 from system.errors import UserError, command
 from text.tokenizer import Tokenizer, load_tokenizer
@@ -135,7 +136,7 @@ def main() -> None:
     prompts = read_prompts(args)
     dist = Distributed.start(args.device, args.dtype)
     model, state, folder = load_model(args.run)
-    model.to(dist.device)
+    pack(model.to(dist.device), dist.dtype)
     tokenizer = load_tokenizer(state.tokenizer)
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise UserError(

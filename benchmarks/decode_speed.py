@@ -44,20 +44,23 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     from benchmarks.measure import interleave
     from distributed import Distributed
+    from kernels.packed import pack
 
     models = load_models(args, rest)
     cfg = next(iter(models.values())).cfg
     dist = Distributed.start(cfg.device, cfg.dtype)
+    n_weights = {encoding: model.n_params()["total"] for encoding, model in models.items()}
     candidates = {}
     with torch.no_grad(), dist.autocast():
         for encoding, model in models.items():
-            for name, work in candidates_of(model.to(dist.device), args).items():
+            pack(model.to(dist.device), dist.dtype)
+            for name, work in candidates_of(model, args).items():
                 candidates[f"{encoding} {name}"] = work
         seconds = interleave(candidates, args.rounds, device=dist.device)
     results = []
     for encoding, model in models.items():
         mine = {name.split()[1]: each for name, each in seconds.items() if name.split()[0] == encoding}
-        results.append(figures(model, mine, args, dist))
+        results.append(figures(model, n_weights[encoding], mine, args, dist))
         print(describe(results[-1]))
     first = results[0]
     headline = ("tokens_per_second", "ms_median", "ms_p10", "ms_p90")
@@ -130,11 +133,12 @@ def read_weights(model: Any) -> None:
     """The matrix-vector products of NEAR tokens."""
     import torch
 
-    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)] + [model.wte.weight]
-    vectors = {weight: weight.new_ones(1, 1, weight.size(1)) for weight in matrices}
+    C, weight = model.cfg.n_embd, model.wte.weight
+    x, wide = weight.new_ones(1, 1, C), weight.new_ones(1, 1, 4 * C)
     for _ in range(NEAR):
-        for weight in matrices:
-            torch.nn.functional.linear(vectors[weight], weight)
+        for block in model.h:
+            block.attn.c_attn(x), block.attn.c_proj(x), block.mlp.c_fc(x), block.mlp.c_proj(wide)
+        torch.nn.functional.linear(x, weight) if model.head is None else model.head(x)
 
 
 def generate(model: Any, batch: int, n_tokens: int) -> None:
@@ -157,7 +161,7 @@ def recompute(model: Any, n_tokens: int, stride: int, last_only: bool) -> None:
         sample_token(model(idx, last_only=last_only)[:, -1].float(), 1.0, None, 1.0, None)
 
 
-def figures(model: Any, seconds: dict[str, list[float]], args: argparse.Namespace, dist: Any) -> dict[str, Any]:
+def figures(model: Any, n_weights: int, seconds: dict[str, list[float]], args: argparse.Namespace, dist: Any) -> dict[str, Any]:
     """Times and ratios of one encoding; `seconds` are per round."""
     from benchmarks.measure import speedup, spread
 
@@ -177,7 +181,7 @@ def figures(model: Any, seconds: dict[str, list[float]], args: argparse.Namespac
         "cache_speedup_all_logits": speedup(seconds["cached"], seconds["uncached_all_logits"]),
         "batch": args.batch,
         "batch_speedup": round(args.batch * speedup(seconds["batched"], seconds["cached"]), 4),
-        "weight_bytes": weight * model.n_params()["total"],
+        "weight_bytes": weight * n_weights,
         "peak_memory_bytes": dist.peak_memory(),
     }
 

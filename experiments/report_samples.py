@@ -7,6 +7,7 @@ import torch
 
 from distributed import Distributed
 from experiments.report_data import RunRecord
+from kernels.packed import pack
 from model import GPT
 from sample import Sample
 from system.errors import UserError
@@ -23,7 +24,7 @@ def add_samples(record: RunRecord, prompts: Sequence[str], number: int, dist: Di
         tokenizer = load_tokenizer(state.tokenizer)
         if tokenizer.n_vocab > model.cfg.vocab_size:
             raise UserError(f"its {model.cfg.vocab_size} ids are fewer than the {tokenizer.n_vocab} of {tokenizer.name!r}")
-        model.to(dist.device)
+        pack(model.to(dist.device), dist.dtype)
         for prompt in prompts:
             for seed in range(1, number + 1):
                 record.samples.append((prompt, *continuation(model, tokenizer, prompt, seed, dist)))

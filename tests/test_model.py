@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from config import load_config
+from kernels.packed import PackedLinear, can_pack, pack
 from model import GPT, KVCache, sample_token
 from positional import ENCODINGS
 
@@ -171,3 +172,48 @@ def test_sampling_follows_the_probabilities_and_their_cuts():
     torch.testing.assert_close(frequencies(top_p=0.01), torch.tensor([1.0, 0, 0, 0]), atol=0, rtol=0)
     torch.testing.assert_close(frequencies(temperature=0.5), probs**2 / (probs**2).sum(), atol=0.02, rtol=0)
     assert frequencies(temperature=0).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-53])
+def test_an_id_of_no_probability_is_not_even_drawn_at_the_ends(drawn, monkeypatch):
+    """What a generator gives is at least 0 and below 1; rounding could make it the whole mass."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **options: torch.full(shape, drawn, **options))
+    logits = torch.tensor([-math.inf, 0.3, 1.7, 0.1, -math.inf, -math.inf]).repeat(2, 1)
+    ids = [sample_token(logits, 1.0, None, 1.0, generator) for generator in (None, [torch.Generator()] * 2)]
+    assert [one.tolist() for one in ids] == [[1 if drawn == 0 else 3] * 2] * 2
+
+
+@pytest.mark.parametrize("encoding", sorted(ENCODINGS))
+def test_packed_linear_layers_give_the_same_logits(encoding):
+    model = shaken(GPT(load_config([*SIZES, f"--encoding={encoding}"])))
+    idx = tokens(20)
+    with torch.no_grad():
+        exact = model(idx)
+        pack(model, torch.float32)
+        assert can_pack(idx.device, torch.float32) == any(isinstance(m, PackedLinear) for m in model.modules())
+        torch.testing.assert_close(model(idx), exact, atol=1e-4, rtol=0)
+        cache = KVCache()
+        cached = torch.cat([model(idx[:, i : i + 1], cache=cache) for i in range(20)], dim=1)
+        torch.testing.assert_close(cached, exact, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="no bf16 instructions")
+def test_packed_in_bf16_stays_as_close_to_fp32_as_autocast():
+    model = shaken(GPT(load_config([*SIZES, "--encoding=carope"])))
+    idx = tokens(40)
+    with torch.no_grad():
+        exact = model(idx)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = model(idx)
+            pack(model, torch.bfloat16)
+            packed = model(idx)
+    assert packed.dtype == cast.dtype == torch.bfloat16
+    assert (packed - exact).square().mean() < 1.5 * (cast - exact).square().mean()
+
+
+def test_nothing_is_packed_where_onednn_has_no_blocks():
+    model = GPT(load_config([*SIZES, "--encoding=rope"]))
+    before = [type(m) for m in model.modules()]
+    pack(model, torch.float16)
+    pack(model.to("meta"), torch.float32)
+    assert [type(m) for m in model.modules()] == before and model.head is None
