@@ -10,7 +10,8 @@
   a time (imap, chunks of 16), the parent copies the ids into a shard's array in memory and saves it with numpy
 
 All take the same documents and run one after another in every round, each in a new process of its own, with its vocabulary
-loaded before the clock starts. Tokens are those of `alone`; the end-of-text tokens that the others add are not counted.
+and pyarrow loaded before the clock starts. Tokens are those of `alone`; the end-of-text tokens that the others add are not
+counted.
 """
 
 import argparse
@@ -152,6 +153,8 @@ def in_a_new_process(kind: str, n: int, job: Job) -> Took:
 
 def candidate(kind: str, n: int, job: Job) -> Took:
     """Run one candidate in this process."""
+    import pyarrow.parquet  # noqa: F401
+
     from text.tokenizer import load_tokenizer
 
     load_tokenizer(job.tokenizer)
