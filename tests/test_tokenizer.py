@@ -17,6 +17,7 @@ from text.tokenizer import TOKENIZERS, load_tokenizer, repair_surrogates
 
 ROOT = Path(__file__).parent.parent
 names = pytest.mark.parametrize("name", TOKENIZERS)
+COPIES = {name: load_tokenizer(name).copy() for name in TOKENIZERS}
 any_text = st.text(st.characters(), max_size=80)  # lone surrogates are among them
 
 
@@ -52,6 +53,16 @@ def test_documents_are_encoded_as_each_alone(name, texts):
     ids = tokenizer.encode_documents(texts)
     assert ids.dtype == np.uint16
     assert ids.tolist() == [i for text in texts for i in (tokenizer.eot, *tokenizer.encode(text).tolist())]
+
+
+@names
+@settings(deadline=None)
+@given(texts=st.lists(any_text, min_size=1))
+def test_a_copy_encodes_alike(name, texts):
+    tokenizer = load_tokenizer(name)
+    copy = COPIES[name]
+    assert (copy.name, copy.n_vocab, copy.eot) == (tokenizer.name, tokenizer.n_vocab, tokenizer.eot)
+    assert copy.encode_documents(texts).tolist() == tokenizer.encode_documents(texts).tolist()
 
 
 def test_published_ids():

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,10 +111,18 @@ def encode_in_order(
     Threads are enough: tiktoken lets go of the interpreter's lock while it encodes.
     """
     window: deque[Future[Encoded]] = deque()
-    with closing(batches), ThreadPoolExecutor(workers) as pool:
+    own = local()
+
+    def begin() -> None:
+        own.tokenizer = tokenizer.copy() if workers > 1 else tokenizer
+
+    def encode(batch: Batch) -> Encoded:
+        return encode_batch(batch, own.tokenizer)
+
+    with closing(batches), ThreadPoolExecutor(workers, initializer=begin) as pool:
         try:
             for batch in batches:
-                window.append(pool.submit(encode_batch, batch, tokenizer))
+                window.append(pool.submit(encode, batch))
                 if len(window) > 2 * workers + 2:
                     yield window.popleft().result()
             while window:

@@ -7,7 +7,7 @@ it is not installed, tiktoken fetches (or finds in TIKTOKEN_CACHE_DIR) its own. 
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def decode_bytes(self, ids: list[int]) -> bytes:
         """UTF-8 bytes of `ids`; single tokens may be parts of a character."""
 
+    def copy(self) -> Self:
+        """The same for one more thread, with nothing in common that threads could wait for."""
+
 
 class Bytes:
     """One token per UTF-8 byte; 256 is the end-of-text token."""
@@ -53,14 +56,18 @@ class Bytes:
         """The bytes themselves; the end-of-text token is spelled out."""
         return b"".join(EOT.encode() if i == self.eot else bytes([i]) for i in ids)
 
+    def copy(self) -> Self:
+        """Itself, as it changes nothing."""
+        return self
+
 
 class GPT2:
     """tiktoken's GPT-2 encoding."""
 
     name, n_vocab, eot = "gpt2", 50257, 50256
 
-    def __init__(self) -> None:
-        self._tiktoken = _gpt2_encoding()
+    def __init__(self, encoding: Any = None) -> None:
+        self._tiktoken = encoding or _gpt2_encoding()
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, (n,) uint16; lone surrogates become U+FFFD, as tiktoken does."""
@@ -76,6 +83,14 @@ class GPT2:
     def decode_bytes(self, ids: list[int]) -> bytes:
         """UTF-8 bytes of `ids`."""
         return self._tiktoken.decode_bytes(ids)
+
+    def copy(self) -> Self:
+        """One with a regular expression of its own, 10 MB: at the same one, threads wait for its scratch memory."""
+        import tiktoken
+
+        one = self._tiktoken  # tiktoken's README makes encodings from others like this
+        parts = {"pat_str": one._pat_str, "mergeable_ranks": one._mergeable_ranks, "special_tokens": one._special_tokens}
+        return type(self)(tiktoken.Encoding(one.name, **parts))
 
 
 def _one_by_one(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
