@@ -69,6 +69,10 @@ TARGETS: list[tuple[str, str, str | None, Value]] = [
         lambda r: " and ".join(f"{r['ours_over_pool'][n]:.2f}" for n in ("1", "2")),
     ),
     (
+        "two processes with `encode_ordinary` and nothing else, ÷ one: what two workers could reach", "–", "prepare-cpu",
+        lambda r: f"{r['candidates']['apart-2']['ratio']:.2f}",
+    ),
+    (
         "decoding, a token at position 1000 ÷ at position 50", "≤ 1.5", "decode-cpu",
         lambda r: f"{r['encodings'][0]['late_over_early']:.2f}",
     ),
@@ -79,6 +83,10 @@ TARGETS: list[tuple[str, str, str | None, Value]] = [
     (
         "decoding, tokens/s of eight prompts ÷ of one", "≥ 4", "decode-cpu",
         lambda r: f"{r['encodings'][0]['batch_speedup']:.2f}",
+    ),
+    (
+        "decoding in bf16 ÷ in fp32, tokens/s of one prompt (not of one run)", "–", "decode-bf16-cpu",
+        lambda r: f"{r['tokens_per_second'] / result('decode-cpu')['tokens_per_second']:.2f}",
     ),
     ("evaluation ÷ training, tokens/s", "≥ 2.8", "eval-cpu", lambda r: f"{r['eval_over_train']:.2f}"),
     (
