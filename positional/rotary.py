@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from positional.base import PositionalEncoding, widest
+from positional.rotation import turn_pairs, written_out
 
 
 def inverse_frequencies(n_pairs: int, theta: float, device: torch.device) -> Tensor:
@@ -66,6 +67,8 @@ class RoPE(PositionalEncoding):
 
     def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = frame
+        if written_out(u_BHTD):
+            return turn_pairs(u_BHTD, cos, sin)
         a, b = u_BHTD.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(u_BHTD.dtype)
 

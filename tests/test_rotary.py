@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_positional import build, tokens
 
 from config import load_config
 from kernels.support import rotation_kernel
 from model import GPT
 from positional import ENCODINGS
+from positional.rotation import turn_pairs
 from system.errors import UserError
 
 CAROPE = sorted(name for name in ENCODINGS if name.startswith("carope"))
@@ -25,6 +28,37 @@ def moved_alike(*encodings: str, also: tuple[str, ...] = ()) -> list[GPT]:
                 if "wpe" not in name:
                     p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return models
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    batch=st.sampled_from([1, 3]), heads=st.sampled_from([1, 2]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    learns=st.booleans(), T=st.integers(1, 9), F=st.integers(1, 5), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_rotation_written_out_is_the_formula(batch, heads, dtype, learns, T, F, seed):
+    """Values and gradients; cosines and sines of one row or head, or of all, that have a gradient or not."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(3, T, 2, 2 * F, generator=generator).to(dtype).transpose(1, 2).requires_grad_()  # as attention has it
+    cos, sin = (torch.randn(batch, heads, T, F, generator=generator).requires_grad_(learns) for _ in range(2))
+    upstream = torch.randn(u.shape, generator=generator).to(dtype)
+    a, b = u.float().chunk(2, dim=-1)
+    plain = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(dtype)
+    inputs = (u, cos, sin) if learns else (u,)
+    ours = turn_pairs(u, cos, sin)
+    assert ours.dtype == dtype
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(ours, plain, **close)
+    for mine, theirs in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (ours, plain)), strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, **close)
+
+
+def test_the_rotation_of_a_compiled_model_is_the_plain_formula():
+    rope = build("rope")
+    u = torch.randn(1, 2, 6, 16)
+    frame = rope.encodings[0].frame(rope.encodings[0].coords(u, torch.arange(6)))
+    compiled = torch.compile(rope.encodings[0].rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(u, frame), rope.encodings[0].rotate(u, frame), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("encoding", ["carope_frozen", "carope_scalar", "carope_per_layer", "carope_hidden_shared"])

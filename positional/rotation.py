@@ -1,0 +1,53 @@
+"""The rotation of queries and keys on a CPU in eager mode, with a backward pass written out.
+
+As autograd derives it, every product keeps its fp32 operands and sends its own gradient back, to be added up: for CARoPE,
+whose cosines and sines have gradients too, twice the time. What a compiler makes of the plain formula needs none of this.
+
+Shapes: B batch, T positions, H heads, D head width, F = D/2 rotary pairs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def written_out(u_BHTD: Tensor) -> bool:
+    """Whether `turn_pairs` is for this tensor: on a CPU and not being compiled."""
+    return u_BHTD.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def turn_pairs(u_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (u_i, u_{i+F}) turned by angles of the given cosines and sines, (B or 1, H or 1, T, F) fp32; of u's type."""
+    turned = _Turn.apply(u_BHTD, cos, sin)
+    assert isinstance(turned, Tensor)
+    return turned
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(u if cos.requires_grad or sin.requires_grad else None, cos, sin)
+        return _turned(u.float(), cos, sin, 1).to(u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, cos, sin = ctx.saved_tensors
+        g = grad.float()
+        grad_u = _turned(g, cos, sin, -1).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        if u is None:
+            return grad_u, None, None
+        (a, b), (ga, gb) = u.float().chunk(2, dim=-1), g.chunk(2, dim=-1)
+        grad_cos, grad_sin = (ga * a).addcmul_(gb, b), (gb * a).addcmul_(ga, b, value=-1)
+        return grad_u, grad_cos.sum_to_size(cos.shape), grad_sin.sum_to_size(sin.shape)
+
+
+def _turned(u: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """u turned forward, or back with sign −1: a cos − b sin and b cos + a sin, straight into their places."""
+    turned = torch.empty(u.shape, dtype=torch.promote_types(u.dtype, cos.dtype))
+    (a, b), (first, second) = u.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
+    return turned
