@@ -28,6 +28,7 @@ def turn_pairs(u_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.shape = u.shape
         ctx.save_for_backward(u if cos.requires_grad or sin.requires_grad else None, cos, sin)
         return _turned(u.float(), cos, sin, 1).to(u.dtype)
 
@@ -36,7 +37,7 @@ class _Turn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, cos, sin = ctx.saved_tensors
         g = grad.float()
-        grad_u = _turned(g, cos, sin, -1).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_u = _turned(g, cos, sin, -1).sum_to_size(ctx.shape).to(grad.dtype) if ctx.needs_input_grad[0] else None
         if u is None:
             return grad_u, None, None
         (a, b), (ga, gb) = u.float().chunk(2, dim=-1), g.chunk(2, dim=-1)
@@ -46,7 +47,8 @@ class _Turn(torch.autograd.Function):
 
 def _turned(u: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """u turned forward, or back with sign −1: a cos − b sin and b cos + a sin, straight into their places."""
-    turned = torch.empty(u.shape, dtype=torch.promote_types(u.dtype, cos.dtype))
+    shape = (*torch.broadcast_shapes(u.shape[:-1], cos.shape[:-1]), u.size(-1))
+    turned = u.new_empty(shape, dtype=torch.promote_types(u.dtype, cos.dtype))
     (a, b), (first, second) = u.chunk(2, dim=-1), turned.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
