@@ -137,7 +137,9 @@ def read_weights(model: Any) -> None:
     x, wide = weight.new_ones(1, 1, C), weight.new_ones(1, 1, 4 * C)
     for _ in range(NEAR):
         for block in model.h:
-            block.attn.c_attn(x), block.attn.c_proj(x), block.mlp.c_fc(x), block.mlp.c_proj(wide)
+            for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc):
+                layer(x)
+            block.mlp.c_proj(wide)
         torch.nn.functional.linear(x, weight) if model.head is None else model.head(x)
 
 
