@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from system.errors import EXIT_LOST_RANK, UserError
+from system.errors import EXIT_LOST_RANK, UserError, end_at_once
 from system.fsdp import compile_blocks, is_sharded, shard
 from system.rendezvous import meet
 from system.watchdog import Watchdog, follow_parent
@@ -66,6 +66,7 @@ class Distributed:
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():
             backstop = timedelta(seconds=timeout + 30)  # the watchdog comes first, it knows which rank is late
             store, rank, world_size, start = meet(timeout)
+            end_at_once()
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=store,

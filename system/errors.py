@@ -1,9 +1,11 @@
-"""A user's mistake is one line on stderr and exit code 2, never a traceback."""
+"""How a script ends: a user's mistake is one line on stderr and exit code 2, never a traceback."""
 
+import atexit
 import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
 EXIT_LOST_RANK = 71  # EX_OSERR: another rank died or hangs; the same command goes on from the last checkpoint
@@ -25,14 +27,42 @@ class UserError(Exception):
         self.alone = alone
 
 
+class _Ending:
+    """What the process's end needs to know: the exit code of `command`, and whether to do without Python's clearing up."""
+
+    code: int | None = None
+    at_once = False
+
+
+def end_at_once() -> None:
+    """Let this process end, once all files are closed and every atexit function has run, before Python takes itself apart.
+
+    Without this a thread of gloo's that comes late to let go of a tensor (torch 2.13) meets an interpreter that is going
+    away, and the process, all its work done, ends by SIGABRT.
+    """
+    _Ending.at_once = True
+
+
+@atexit.register  # the first to be registered, as this module is imported before torch, and so the last to be called
+def _end() -> None:
+    if _Ending.at_once and _Ending.code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_Ending.code)
+
+
 def command(main: Callable[[], int | None]) -> Callable[[], None]:
     """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130."""
 
     @functools.wraps(main)
     def run() -> None:
         """Call `main`, then leave the process with its exit code."""
+        _Ending.code = 1  # of a traceback
         try:
-            code = main()
+            code: str | int | None = main()
+        except SystemExit as request:
+            code = request.code
         except UserError as error:
             if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -43,6 +73,7 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
         except BrokenPipeError:  # the reader of our output left, as in `… | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
+        _Ending.code = code if isinstance(code, int) else int(code is not None)
         sys.exit(code)
 
     return run

@@ -7,9 +7,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import load_config
+from system.errors import command
 from train import train
 
-if __name__ == "__main__":
+
+@command
+def main() -> None:
     for is_next, words in groupby(sys.argv[1:], lambda word: word == "+"):
         if not is_next:
             train(load_config(list(words)))
+
+
+if __name__ == "__main__":
+    main()

@@ -198,6 +198,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed import Distributed
+from system.errors import command
 
 def start():
     with Distributed.start("cpu", "float32", 30) as dist:
@@ -205,8 +206,12 @@ def start():
         net(torch.ones(1, 2)).sum().backward()
         assert dist.gather(dist.rank) == [0, 1]
 
-for _ in range(20):
-    start()
+@command
+def main():
+    for _ in range(20):
+        start()
+
+main()
 """
 
 

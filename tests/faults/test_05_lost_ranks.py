@@ -1,6 +1,7 @@
 """A rank that dies or hangs: the others leave within the timeout, the rank is named, torchrun starts them again."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run, run_command
+from conftest import assert_same_run, run_command, torchrun
 
 from system.errors import EXIT_LOST_RANK
+from training.checkpoint import newest_checkpoint
 
 INJECT = Path(__file__).with_name("inject.py")
 WORDS = ["--encoding=carope", "--save_every=2"]
@@ -99,3 +101,29 @@ def test_no_thread_is_left_in_the_store_when_python_ends():
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = run_command("-c", code, env=env)
     assert done.returncode == 0 and "watchdog" not in done.stdout and "MainThread" in done.stdout, done.stderr
+
+
+LATE = """
+#include <cstring>
+#include <dlfcn.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+extern "C" void _ZNSt18condition_variable10notify_allEv(void* self) {
+  static const auto notify_all = reinterpret_cast<void (*)(void*)>(dlsym(RTLD_NEXT, "_ZNSt18condition_variable10notify_allEv"));
+  notify_all(self);
+  char thread[16] = {};
+  prctl(PR_GET_NAME, thread);
+  if (std::strstr(thread, "gloo")) usleep(3000);
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="holds up a thread by LD_PRELOAD")
+def test_a_thread_of_gloos_may_be_late_when_python_ends(small, tmp_path):
+    """On a busy machine gloo's threads let go of tensors after the exchange is over; three milliseconds made it SIGABRT."""
+    (tmp_path / "late.cpp").write_text(LATE)
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", tmp_path / "late.so", tmp_path / "late.cpp", "-ldl"], check=True)
+    done = torchrun(2, "train.py", *small, "--encoding=rope", "--name=r", env={"LD_PRELOAD": str(tmp_path / "late.so")})
+    assert done.returncode == 0, done.stderr
+    assert newest_checkpoint(tmp_path / "r")[1].step == 8
