@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from positional.base import round_to_bf16
+
 BLOCK = 128  # queries at a time
 PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
 
@@ -56,8 +58,8 @@ def key_columns(c_BHS: Tensor, D: int, dtype: torch.dtype) -> Tensor:
     # The last one is taken off for smaller numbers alone: the softmax does not see it, so it has no gradient
     column_BHS = ((c_BHS - c_BHS[..., -1:].detach()) * math.sqrt(D)).float()
     parts = [column_BHS.to(dtype)]
-    while dtype != torch.float32 and len(parts) < 3:
-        column_BHS = (column_BHS - parts[-1].float()).detach()
+    while dtype == torch.bfloat16 and len(parts) < 3:
+        column_BHS = column_BHS.detach() - round_to_bf16(column_BHS)
         parts.append(column_BHS.to(dtype))
     return torch.stack(parts, dim=-1)
 

@@ -19,6 +19,15 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
+def round_to_bf16(x: Tensor) -> Tensor:
+    """fp32 `x` as bf16 holds it, in fp32, without a gradient.
+
+    By its bits, for a compiler leaves `x.to(bfloat16).float()` out: torch's computes in fp32 whatever it does not store.
+    """
+    bits = x.detach().view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+
+
 class PositionalEncoding(nn.Module):
     """NoPE, no position at all but the causal mask (Kazemnejad et al., 2305.19466), and the interface of all encodings.
 

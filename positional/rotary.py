@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from positional.base import PositionalEncoding, widest
+from positional.base import PositionalEncoding, round_to_bf16, widest
 from positional.rotation import turn_pairs, written_out
 
 
@@ -170,4 +170,4 @@ class RoPEbf16Positions(RoPE):
     beyond = "as RoPE, and neighbors coincide: 2 positions share a rotation from 256 on, 4 from 512, 8 from 1024, …"
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
-        return super().coords(x_BTC, pos_T.to(torch.bfloat16), last)
+        return super().coords(x_BTC, round_to_bf16(pos_T.float()), last)
