@@ -139,6 +139,9 @@ class Distributed:
         if self.compiles(cfg) and self._is_sharding:
             compile_blocks(model)
         elif self.compiles(cfg):
+            # A bench holds a model for each encoding, each compiled for training and for evaluation; past the limit, which
+            # comes as 8 of all models together, torch goes on uncompiled
+            torch._dynamo.config.recompile_limit = 64
             net = torch.compile(net, dynamic=False)
         if dist.is_initialized() and not self._is_sharding:
             ids = [self.device.index] if self.device.type == "cuda" else None

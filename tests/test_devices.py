@@ -1,5 +1,7 @@
 """Which device a command computes on, and that nothing asks Apple's GPUs for the float64 that they do not have."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_positional import ALL, T, build, tokens
@@ -7,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import positional.base
-from distributed import pick_device, pick_dtype
+from distributed import Distributed, pick_device, pick_dtype
 from evaluation.windows import Profile, losses
 from model import KVCache
+from positional import ENCODINGS
 from positional.bias import t5_bucket
 from positional.scaling import SCALINGS, rescale
 from system.errors import UserError
@@ -95,3 +98,16 @@ def test_the_device_is_the_first_that_is_there_and_can_be_used(monkeypatch, want
     else:
         with pytest.raises(UserError, match=picked):
             pick_device(wanted)
+
+
+def test_a_process_compiles_as_many_models_as_a_bench_holds(monkeypatch):
+    compile_whole = partial(torch.compile, backend="eager", fullgraph=True)  # raises where the compiler gives up
+    monkeypatch.setattr(torch, "compile", compile_whole)
+    dist, x_BT = Distributed(torch.device("cpu"), torch.float32), tokens(T)
+    torch.compiler.reset()
+    for encoding in ENCODINGS:
+        model = build(encoding)
+        net = dist.wrap(model, model.cfg.model_copy(update={"compile": "on"}))
+        net(x_BT, x_BT).backward()
+        with torch.no_grad():
+            net.eval()(x_BT, x_BT)
