@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 OURS = ("model", "positional", "kernels", "huggingface")
 START = "huggingface.modeling_carope"
 IMPORT = re.compile(rf"^([ \t]*from )((?:{'|'.join(OURS)})(?:\.\w+)*)(?= import)", re.MULTILINE)
-# The one file that is no copy: Triton, which transformers would want installed, is left out
+# The files that are no copies: without Triton, which transformers would want installed, and without C++
 REPLACED = {
     "kernels.support": '''"""Stands for kernels/support.py: here rotation is PyTorch's own, and Triton is not needed."""
 
@@ -21,7 +21,15 @@ from typing import Any
 
 def rotation_kernel(kernel: str, encoding: Any) -> None:
     """No kernel."""
-'''
+''',
+    "kernels.native": '''"""Stands for kernels/native.py: here attention is PyTorch's own, and no C++ is compiled."""
+
+LANES = 16
+
+
+def native() -> None:
+    """Nothing."""
+''',
 }
 
 

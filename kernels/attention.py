@@ -3,6 +3,7 @@
 Torch's flash attention for CPUs takes, in bf16, two to four times as long as its matmuls would. Here a block of queries at a
 time meets the keys it may see, so a good part of the half above the diagonal is never computed. The probabilities are kept for
 the backward pass, in the type of the matmul, which is why this is for short sequences. LOG.md has the measurements behind PAYS.
+A token's attention to the keys of a cache is decode.cpp's, where that can be had.
 
 Shapes: N batch times heads, T positions, S keys, D head width, t queries of a block, s keys they may see.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from kernels.native import LANES, native
 from positional.base import round_to_bf16
 
 BLOCK = 128  # queries at a time
@@ -26,12 +28,32 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | Non
 
     `c_BHS`, without a mask and T = S only: c_j − c_i comes on top of the logit of query i and key j.
     """
+    if mask is None and c_BHS is None and _is_one_token(q_BHTD, k_BHSD, v_BHSD):
+        return _of_one_token(q_BHTD, k_BHSD, v_BHSD)
     if mask is None and q_BHTD.shape == k_BHSD.shape and _blocks_pay(q_BHTD):
         return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD, c_BHS)
     if c_BHS is not None:
         return _with_columns(q_BHTD, k_BHSD, v_BHSD, c_BHS)
     causal = mask is None and q_BHTD.size(2) > 1
     return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
+
+
+def _is_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> bool:
+    """Whether they are a query each and keys and values out of a cache, as decode.cpp wants them, and it can be had."""
+    (_, H, T, D), stride = q_BHTD.shape, k_BHSD.stride(1)
+    if T != 1 or D % LANES or D > 8 * LANES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    lie_alike = k_BHSD.stride() == v_BHSD.stride() == (H * stride, stride, D, 1)
+    fits = all(u.device.type == "cpu" and u.dtype == torch.float32 for u in (q_BHTD, k_BHSD, v_BHSD))
+    return lie_alike and fits and native() is not None
+
+
+def _of_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    q, (B, H, S, D) = q_BHTD.contiguous(), k_BHSD.shape
+    y, between = torch.empty_like(q), q.new_empty(B * H * S)
+    pointers = (u.data_ptr() for u in (q, k_BHSD, v_BHSD, between, y))
+    native().attend(*pointers, B * H, S, D, k_BHSD.stride(1), 1 / math.sqrt(D))
+    return y
 
 
 def _with_columns(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, c_BHS: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ def written_out(u_BHTD: Tensor) -> bool:
 
 def turn_pairs(u_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (u_i, u_{i+F}) turned by angles of the given cosines and sines, (B or 1, H or 1, T, F) fp32; of u's type."""
+    if not torch.is_grad_enabled():  # of a single token the function's bookkeeping would take longer than its turn
+        return _turned(u_BHTD.float(), cos, sin, 1).to(u_BHTD.dtype)
     turned = _Turn.apply(u_BHTD, cos, sin)
     assert isinstance(turned, Tensor)
     return turned
@@ -47,7 +49,7 @@ class _Turn(torch.autograd.Function):
 
 def _turned(u: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """u turned forward, or back with sign −1: a cos − b sin and b cos + a sin, straight into their places."""
-    shape = (*torch.broadcast_shapes(u.shape[:-1], cos.shape[:-1]), u.size(-1))
+    shape = (*map(max, u.shape[:-1], cos.shape[:-1]), u.size(-1))  # torch.broadcast_shapes takes longer than all the rest
     turned = u.new_empty(shape, dtype=torch.promote_types(u.dtype, cos.dtype))
     (a, b), (first, second) = u.chunk(2, dim=-1), turned.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)

@@ -1,15 +1,22 @@
 """The model against Hugging Face's, its sizes, its loss and its sampling."""
 
 import math
+import shutil
+import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config import load_config
-from kernels.packed import PackedLinear, can_pack, pack
+from kernels.attention import _is_one_token, attention
+from kernels.native import native
+from kernels.packed import BlockedLinear, PackedLinear, can_pack, pack
 from model import GPT, KVCache, sample_token
 from positional import ENCODINGS
 
+needs_native = pytest.mark.skipif(native() is None, reason="no compiler")
 SIZES = ["--n_layer=3", "--n_head=4", "--n_embd=64", "--vocab_size=151", "--block_size=64"]
 
 
@@ -183,6 +190,56 @@ def test_an_id_of_no_probability_is_not_even_drawn_at_the_ends(drawn, monkeypatc
     assert [one.tolist() for one in ids] == [[1 if drawn == 0 else 3] * 2] * 2
 
 
+@pytest.fixture
+def without_native(monkeypatch):
+    """A machine whose compiler does not work."""
+    monkeypatch.setenv("CXX", "false")
+    native.cache_clear()
+    assert native() is None
+    yield
+    native.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compiled on Linux only")
+def test_there_is_a_native_kernel_where_there_is_a_compiler():
+    assert native() or not shutil.which("c++")
+
+
+@needs_native
+@given(st.integers(1, 20), st.integers(1, 100), st.integers(1, 70), st.booleans())
+def test_blocked_linear_layers_are_torchs(M, N, K, has_bias):
+    generator = torch.Generator().manual_seed(M * N * K)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((M, 1, K), (N, K), (N,)))
+    bias = bias if has_bias else None
+    wanted = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(BlockedLinear(weight, bias)(x).double(), wanted, atol=2e-5, rtol=1e-5)
+
+
+@needs_native
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([16, 48, 64, 128]), st.floats(0.1, 5))
+def test_attention_of_one_token_is_torchs(B, H, S, D, size):
+    generator = torch.Generator().manual_seed(B * S * D)
+    q, k, v = (size * torch.randn(B, H, n, D, generator=generator) for n in (1, 100, 100))
+    k, v = k[:, :, :S], v[:, :, :S]  # as a cache holds them, with room behind
+    with torch.no_grad():
+        assert _is_one_token(q, k, v)
+        found, other = attention(q, k, v, None), attention(q, k, v.mT.contiguous().mT, None)  # which lies otherwise
+    wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    for one in (found, other):
+        torch.testing.assert_close(one.double(), wanted, atol=2e-5 * size, rtol=1e-4)
+
+
+def test_what_has_a_gradient_is_not_the_native_kernels():
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (1, 5, 5))
+    attention(q, k, v, None).sum().backward()
+    assert q.grad.norm() > 0
+
+
+@pytest.mark.parametrize("encoding", ["rope", "cable"])
+def test_decoding_without_a_compiler(without_native, encoding):
+    test_packed_linear_layers_give_the_same_logits(encoding)
+
+
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 def test_packed_linear_layers_give_the_same_logits(encoding):
     model = shaken(GPT(load_config([*SIZES, f"--encoding={encoding}"])))
@@ -190,7 +247,8 @@ def test_packed_linear_layers_give_the_same_logits(encoding):
     with torch.no_grad():
         exact = model(idx)
         pack(model, torch.float32)
-        assert can_pack(idx.device, torch.float32) == any(isinstance(m, PackedLinear) for m in model.modules())
+        kind = BlockedLinear if native() else PackedLinear if can_pack(idx.device, torch.float32) else type(None)
+        assert isinstance(model.head, kind)
         torch.testing.assert_close(model(idx), exact, atol=1e-4, rtol=0)
         cache = KVCache()
         cached = torch.cat([model(idx[:, i : i + 1], cache=cache) for i in range(20)], dim=1)
