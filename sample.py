@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--top_p", "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass only [default: 1]")
     add("--seed", type=int, default=1, help="sample i of a prompt depends on seed + i alone [default: 1]")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="float32", help="[default: float32; bfloat16 takes half the memory]")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="float32", help="of weights and matmuls [default: float32]")
     return parser.parse_args()
 
 
