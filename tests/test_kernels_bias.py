@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_positional import build, tokens
 
@@ -72,6 +72,7 @@ def test_compiled_columns_hold_all_digits_too():
     assert torch.equal(columns, key_columns(c, 64, torch.bfloat16))
 
 
+@settings(deadline=None)
 @given(st.floats(width=32, allow_nan=False))
 def test_rounding_by_bits_is_torchs(x):
     x = torch.tensor(x)

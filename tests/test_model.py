@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import load_config
@@ -206,6 +206,7 @@ def test_there_is_a_native_kernel_where_there_is_a_compiler():
 
 
 @needs_native
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 100), st.integers(1, 70), st.booleans())
 def test_blocked_linear_layers_are_torchs(M, N, K, has_bias):
     generator = torch.Generator().manual_seed(M * N * K)
@@ -216,6 +217,7 @@ def test_blocked_linear_layers_are_torchs(M, N, K, has_bias):
 
 
 @needs_native
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 90), st.sampled_from([16, 48, 64, 128]), st.floats(0.1, 5))
 def test_attention_of_one_token_is_torchs(B, H, S, D, size):
     generator = torch.Generator().manual_seed(B * S * D)
