@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
 from kernels.native import LANES, native
-from positional.base import round_to_bf16
+from positional.base import eager_on_cpu, round_to_bf16
 
 BLOCK = 128  # queries at a time
 PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
@@ -41,11 +41,11 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | Non
 def _is_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> bool:
     """Whether they are a query each and keys and values out of a cache, as decode.cpp wants them, and it can be had."""
     (_, H, T, D), stride = q_BHTD.shape, k_BHSD.stride(1)
-    if T != 1 or D % LANES or D > 8 * LANES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if T != 1 or D % LANES or D > 8 * LANES or torch.is_grad_enabled() or not eager_on_cpu(q_BHTD):
         return False
     lie_alike = k_BHSD.stride() == v_BHSD.stride() == (H * stride, stride, D, 1)
-    fits = all(u.device.type == "cpu" and u.dtype == torch.float32 for u in (q_BHTD, k_BHSD, v_BHSD))
-    return lie_alike and fits and native() is not None
+    are_fp32 = all(u.dtype == torch.float32 for u in (q_BHTD, k_BHSD, v_BHSD))
+    return lie_alike and are_fp32 and native() is not None
 
 
 def _of_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
@@ -87,8 +87,7 @@ def key_columns(c_BHS: Tensor, D: int, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks_pay(q_BHTD: Tensor) -> bool:
-    on_cpu = q_BHTD.device.type == "cpu" and not torch.compiler.is_compiling()
-    return on_cpu and q_BHTD.size(2) in PAYS.get(q_BHTD.dtype, ())
+    return eager_on_cpu(q_BHTD) and q_BHTD.size(2) in PAYS.get(q_BHTD.dtype, ())
 
 
 def chosen(q_BHTD: Tensor) -> str:

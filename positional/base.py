@@ -19,6 +19,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
+def eager_on_cpu(u: Tensor) -> bool:
+    """Whether what is done to `u` now runs on a CPU as it is written, and is not being compiled."""
+    return u.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def round_to_bf16(x: Tensor) -> Tensor:
     """fp32 `x` as bf16 holds it, in fp32, without a gradient.
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from positional.base import PositionalEncoding, round_to_bf16, widest
-from positional.rotation import turn_pairs, written_out
+from positional.base import PositionalEncoding, eager_on_cpu, round_to_bf16, widest
+from positional.rotation import turn_pairs
 
 
 def inverse_frequencies(n_pairs: int, theta: float, device: torch.device) -> Tensor:
@@ -67,7 +67,7 @@ class RoPE(PositionalEncoding):
 
     def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = frame
-        if written_out(u_BHTD):
+        if eager_on_cpu(u_BHTD):
             return turn_pairs(u_BHTD, cos, sin)
         a, b = u_BHTD.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(u_BHTD.dtype)

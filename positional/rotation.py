@@ -13,11 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def written_out(u_BHTD: Tensor) -> bool:
-    """Whether `turn_pairs` is for this tensor: on a CPU and not being compiled."""
-    return u_BHTD.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def turn_pairs(u_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (u_i, u_{i+F}) turned by angles of the given cosines and sines, (B or 1, H or 1, T, F) fp32; of u's type."""
     if not torch.is_grad_enabled():  # of a single token the function's bookkeeping would take longer than its turn
