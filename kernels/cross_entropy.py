@@ -77,8 +77,10 @@ def losses_and_grads(
 
 def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> Tensor:
     """Losses of some rows, (n,) fp32; with grads the logits become softmax − onehot, the gradient, where they lie."""
+    if with_grads and torch.compiler.is_compiling():
+        return _fusible(logits_nV, targets_n)
     rows = max(1, CACHE_BYTES[logits_nV.device.type] // (4 * logits_nV.size(1)))
-    if torch.compiler.is_compiling():  # the compiler makes one pass of it without our help
+    if torch.compiler.is_compiling():
         rows = len(logits_nV)
     losses = []
     for part_mV, targets_m in zip(logits_nV.split(rows), targets_n.split(rows), strict=True):
@@ -92,3 +94,15 @@ def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> T
         losses.append(lse_m - z_mV.gather(1, targets_m1).squeeze(1))
         part_mV.copy_(p_mV.scatter_add_(1, targets_m1, p_mV.new_full(targets_m1.shape, -1)))
     return torch.cat(losses)
+
+
+def _fusible(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
+    """The same in words of which the compiler makes one kernel: the rows read twice, and their gradients written once.
+
+    A scatter would be a kernel of its own, with fp32 probabilities in memory before and after it.
+    """
+    log_p_nV, targets_n1 = logits_nV.float().log_softmax(1), targets_n[:, None]
+    is_target_nV = torch.arange(log_p_nV.size(1), device=log_p_nV.device) == targets_n1
+    loss_n = -log_p_nV.gather(1, targets_n1).squeeze(1)
+    logits_nV.copy_(log_p_nV.exp() - is_target_nV.float())
+    return loss_n

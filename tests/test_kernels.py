@@ -73,6 +73,23 @@ def test_fused_loss_in_bf16_is_as_good_as_written_out_under_autocast():
     assert all(f < 1.2 * p + 1e-5 for f, p in zip(fused, plain, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_that_is_compiled_is_the_same(dtype, monkeypatch):
+    """A compiler gets a formula that it can make one kernel of. In several chunks, an unlikely target among them."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cpu": 50_000})
+    x, weight, targets = head(40, 300, 16)
+    x[0, 0] *= 300
+    wanted, *grads = written_out(x.to(dtype), weight.to(dtype), targets)
+    loss_of = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    u, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = loss_of(u, w, targets)
+    loss.backward()
+    limit = 1e-6 if dtype == torch.float32 else 6e-3
+    assert loss.item() == pytest.approx(wanted.item(), rel=limit)
+    assert error(u.grad, grads[0]) < limit and error(w.grad, grads[1]) < limit
+
+
 def test_loss_per_token_has_gradients_too():
     x, weight, targets = head(7, 50, 8)
     x.requires_grad_()
