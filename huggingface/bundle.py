@@ -21,6 +21,10 @@ from typing import Any
 
 def rotation_kernel(kernel: str, encoding: Any) -> None:
     """No kernel."""
+
+
+def key_bias_kernel(device: Any) -> None:
+    """No kernel."""
 ''',
     "kernels.native": '''"""Stands for kernels/native.py: here attention is PyTorch's own, and no C++ is compiled."""
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from kernels.key_bias import with_gradient
 from kernels.native import LANES, native
-from positional.base import eager_on_cpu, round_to_bf16
+from positional.base import eager_on_cpu, once, round_to_bf16
 
 BLOCK = 128  # queries at a time
 PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
@@ -26,11 +27,11 @@ PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengt
 def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, c_BHS: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ/√D + mask) v, (B, H, T, D); without a mask causal, where T > 1 (then T = S).
 
-    `c_BHS`, without a mask and T = S only: c_j − c_i comes on top of the logit of query i and key j.
+    `c_BHS`, without a mask and T = S, in bf16 or where `blocks_pay`: c_j − c_i comes on top of the logit of query i and key j.
     """
     if mask is None and c_BHS is None and _is_one_token(q_BHTD, k_BHSD, v_BHSD):
         return _of_one_token(q_BHTD, k_BHSD, v_BHSD)
-    if mask is None and q_BHTD.shape == k_BHSD.shape and _blocks_pay(q_BHTD):
+    if mask is None and q_BHTD.shape == k_BHSD.shape and blocks_pay(q_BHTD):
         return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD, c_BHS)
     if c_BHS is not None:
         return _with_columns(q_BHTD, k_BHSD, v_BHSD, c_BHS)
@@ -59,40 +60,41 @@ def _of_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
 def _with_columns(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, c_BHS: Tensor) -> Tensor:
     """Torch's causal attention with c_j beside the keys and ones beside the queries: no T × S bias is ever formed.
 
-    Flash attention wants values as wide as the keys, and widths that are multiples of 8.
+    Flash attention wants values as wide as the keys, and widths that are multiples of 8. It would round c's gradient too much.
     """
-    D, columns_k = q_BHTD.size(-1), key_columns(c_BHS, q_BHTD.size(-1), q_BHTD.dtype)
+    D, columns_k = q_BHTD.size(-1), once(key_columns(c_BHS, q_BHTD.size(-1)))
     n = columns_k.size(-1)
     pad = -(D + n) % 8
     columns_k = columns_k.expand(k_BHSD.size(0), -1, -1, -1)
     k = functional.pad(torch.cat((k_BHSD, columns_k), -1), (0, pad))
     q = functional.pad(functional.pad(q_BHTD, (0, n), value=1.0), (0, pad))
     v = functional.pad(v_BHSD, (0, n + pad))
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / math.sqrt(D))[..., :D]
+    y_BHTD = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / math.sqrt(D))[..., :D]
+    return with_gradient(y_BHTD, q_BHTD, k_BHSD, v_BHSD, c_BHS)
 
 
-def key_columns(c_BHS: Tensor, D: int, dtype: torch.dtype) -> Tensor:
-    """Columns of `dtype` whose sum is c_j·√D, up to what all keys have in common, (B or 1, H, S, 1 or 3).
+def key_columns(c_BHS: Tensor, D: int) -> Tensor:
+    """Columns whose sum is c_j·√D, up to what all keys have in common, (B or 1, H, S, 3) bf16. No gradient.
 
     One bf16 column would be wrong by 2.6 at a running sum of 1000, more than most logits differ by; three hold all 24 bits of
-    an fp32. The gradient is that of the first, with which the queries' ones multiply it as with the others.
+    an fp32.
     """
-    # The last one is taken off for smaller numbers alone: the softmax does not see it, so it has no gradient
-    column_BHS = ((c_BHS - c_BHS[..., -1:].detach()) * math.sqrt(D)).float()
-    parts = [column_BHS.to(dtype)]
-    while dtype == torch.bfloat16 and len(parts) < 3:
-        column_BHS = column_BHS.detach() - round_to_bf16(column_BHS)
-        parts.append(column_BHS.to(dtype))
+    rest_BHS = ((c_BHS - c_BHS[..., -1:]) * math.sqrt(D)).float().detach()  # less the last one's: smaller numbers
+    parts = []
+    for _ in range(3):
+        parts.append(rest_BHS.bfloat16())
+        rest_BHS = rest_BHS - round_to_bf16(rest_BHS)
     return torch.stack(parts, dim=-1)
 
 
-def _blocks_pay(q_BHTD: Tensor) -> bool:
+def blocks_pay(q_BHTD: Tensor) -> bool:
+    """Whether blocks of plain matmuls are the fastest attention of as many keys as queries here."""
     return eager_on_cpu(q_BHTD) and q_BHTD.size(2) in PAYS.get(q_BHTD.dtype, ())
 
 
 def chosen(q_BHTD: Tensor) -> str:
     """What `attention` runs for queries, keys and values like `q_BHTD` without a mask: "blocked", or torch's back-end."""
-    if _blocks_pay(q_BHTD):
+    if blocks_pay(q_BHTD):
         return "blocked"
     return SDPBackend(torch._fused_sdp_choice(q_BHTD, q_BHTD, q_BHTD, is_causal=True)).name.lower()
 
@@ -140,6 +142,7 @@ class _BlockedAttention(torch.autograd.Function):
             dz_Nts = dp_Nts.sub_(inner_NT1[:, block]).mul_(p_Nts)
             if ctx.c:
                 dc_NT[:, seen] += dz_Nts.sum(1)
+                dc_NT[:, block] -= dz_Nts.sum(2)  # 0 but for rounding, which a running sum from the end would add up
             dz_Nts = dz_Nts.to(dtype)
             dq_NTD[:, block] = torch.bmm(dz_Nts, k_NTD[:, seen]).mul_(scale)
             dk_NTD[:, seen] += torch.bmm(dz_Nts.transpose(1, 2), q_NTD[:, block])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
+from kernels.attention import attention, blocks_pay
 from positional import PositionalEncoding
 
 BLOCK_ELEMENTS = 2**19  # of a bias, per head: 512 queries at 1024 keys, 64 at 8192
@@ -61,15 +61,12 @@ def visible(T: int, S: int, device: torch.device) -> Tensor:
 
 
 def _by_key(c_BHS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.size(2) == k.size(2) > 1:
+    T, S = q.size(2), k.size(2)
+    if T == S > 1 and (q.dtype == torch.bfloat16 or blocks_pay(q)):
         return attention(q, k, v, None, c_BHS)
-
-    def bias(t: slice, s: slice) -> Tensor:
-        # What is taken off comes from a later token than some queries; the softmax does not see it, its gradient would
-        c_BHs = c_BHS[..., s]
-        return (c_BHs - c_BHs[..., -1:].detach())[..., None, :]
-
-    return _in_blocks(bias, q, k, v)
+    # The difference itself: of a long text c is so large that fp32 logits with c_j alone on top would lose digits
+    c_BHT = c_BHS[..., S - T :]
+    return _in_blocks(lambda t, s: c_BHS[..., None, s] - c_BHT[..., t, None], q, k, v)
 
 
 def _by_distance(table_HS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run here. It needs no Triton to be imported."""
+"""Which Triton kernels can run here. It needs no Triton to be imported."""
 
 import importlib.util
 import os
@@ -47,3 +47,12 @@ def rotation_kernel(kernel: str, encoding: type[PositionalEncoding]) -> Any:
     from kernels.rotary import Rotation
 
     return Rotation
+
+
+def key_bias_kernel(device: torch.device) -> Any:
+    """kernels.key_bias_tiles.gradient where it can run; else None."""
+    if not INSTALLED or not (device.type == "cuda" or interpreted()):
+        return None
+    from kernels.key_bias_tiles import gradient
+
+    return gradient

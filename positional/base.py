@@ -24,6 +24,37 @@ def eager_on_cpu(u: Tensor) -> bool:
     return u.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def once(given: Any) -> Any:
+    """`given`, a tensor, a tuple of such or None; what all sequences share of it (size 1 in the first dimension) is in memory.
+
+    A compiler would compute it anew inside every kernel that reads it: RoPE's angles, in float64, for each channel of each
+    token in each layer. Behind an operator that it does not know, it computes them once and every layer reads the table.
+    """
+    if isinstance(given, tuple):
+        return tuple(map(once, given))
+    if given is None or not torch.compiler.is_compiling() or given.size(0) != 1:
+        return given
+    return in_memory(given)
+
+
+@torch.library.custom_op("carope::in_memory", mutates_args=())
+def in_memory(x: Tensor) -> Tensor:
+    """A copy of `x`."""
+    return x.clone()
+
+
+@in_memory.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _same_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return grad
+
+
+in_memory.register_autograd(_same_gradient)
+
+
 def round_to_bf16(x: Tensor) -> Tensor:
     """fp32 `x` as bf16 holds it, in fp32, without a gradient.
 

@@ -21,8 +21,8 @@ LAYERS = [
     {"analyze", "bench", "lab", "table1"},
     {"report"},
 ]
-# kernels/support.py imports the first two where Triton is there and asked for, transformers the others
-ON_DEMAND = {"rotary.py", "rotary_tiles.py", "configuration_carope.py", "modeling_carope.py"}
+# kernels/support.py imports the first three where Triton is there and asked for, transformers the others
+ON_DEMAND = {"key_bias_tiles.py", "rotary.py", "rotary_tiles.py", "configuration_carope.py", "modeling_carope.py"}
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
 
 
