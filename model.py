@@ -18,7 +18,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.kv_cache import KVCache
 from kernels.support import rotation_kernel
 from positional import ENCODINGS, PositionalEncoding
-from positional.base import widest
+from positional.base import once, widest
 
 
 class _Coordinates(KVCache):
@@ -52,14 +52,15 @@ class Located:
         else:
             coords_q, coords_k = cache.locate(layer, encoding, x_BTC, pos_T)
         self.encoding = encoding
-        self.frame = encoding.frame(coords_q)
+        self.frame = once(encoding.frame(coords_q))
         self.attend = attention_of(encoding, coords_q, coords_k, len(pos_T) if cache is None else len(cache) + len(pos_T))
 
-    def rotate(self, qkv_3BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k turned to their positions, and v."""
+    def rotate(self, qkv_BTM: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k turned to their positions, and v, each (B, H, T, D), from c_attn's output, M = 3C."""
         if self.rotation is not None:
-            return self.rotation(qkv_3BHTD)
-        q, k, v = qkv_3BHTD
+            return self.rotation(qkv_BTM.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4))
+        # Split first: the backward pass then writes three gradients side by side and transposes none of them
+        q, k, v = (u_BTC.unflatten(-1, (n_head, -1)).transpose(1, 2) for u_BTC in qkv_BTM.chunk(3, dim=-1))
         return *self.encoding.turn(q, k, self.frame), v
 
 
@@ -90,8 +91,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, located: Located, cache: KVCache | None) -> Tensor:
         B, T, C = x_BTC.shape
-        qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = located.rotate(qkv_3BHTD)
+        q, k, v = located.rotate(self.c_attn(x_BTC), self.n_head)
         y_BHTD = located.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, located.attend)
         return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 

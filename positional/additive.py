@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding
+from positional.base import PositionalEncoding, once
 from positional.rotary import inverse_frequencies
 
 
@@ -45,7 +45,7 @@ class Sinusoidal(PositionalEncoding):
         freq = inverse_frequencies((n_embd + 1) // 2, 10000 ** (-2 / n_embd), pos_T.device)
         phase_TF = pos_T.to(freq)[:, None] * freq
         waves_TC = torch.stack((phase_TF.sin(), phase_TF.cos()), dim=-1).flatten(-2)[:, :n_embd]
-        return x_BTC + self.scale * waves_TC.to(x_BTC.dtype)
+        return x_BTC + once(self.scale * waves_TC.to(x_BTC.dtype)[None])
 
 
 class SeqPE(PositionalEncoding):

@@ -13,14 +13,15 @@ from torch.nn import functional
 from positional.base import PositionalEncoding, widest
 
 
-def alibi_slopes(n_head: int) -> list[float]:
-    """Slopes m_1 … m_H: 2^(−8h/H) where H is a power of two (2108.12409, section 3).
+def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
+    """Slopes m_1 … m_H, (H,) `widest`: 2^(−8h/H) where H is a power of two (2108.12409, section 3).
 
     Other H take those of the power of two below, P, then every second one of 2P, from the first on, as BLOOM does.
     """
+    device = device or torch.device("cpu")
     power = 1 << (n_head.bit_length() - 1)
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    return slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * (n_head - power), 2)]
+    h = torch.arange(1, n_head + 1, dtype=widest(device), device=device)
+    return torch.exp2(-8 / power * torch.where(h <= power, h, h - power - 0.5))
 
 
 class ALiBi(PositionalEncoding):
@@ -33,14 +34,13 @@ class ALiBi(PositionalEncoding):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.slopes = alibi_slopes(cfg.n_head)
+        self.n_head = cfg.n_head
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         return pos_T.to(widest(pos_T.device))[None, None, :, None]
 
     def key_bias(self, coords_k: Tensor) -> Tensor:
-        slopes_H = torch.tensor(self.slopes, dtype=coords_k.dtype, device=coords_k.device)
-        return slopes_H[:, None] * coords_k[..., 0]
+        return alibi_slopes(self.n_head, coords_k.device)[:, None] * coords_k[..., 0]
 
 
 def t5_bucket(distance_S: Tensor, n_buckets: int, max_distance: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from positional.linear import narrow_linear
 from positional.rotary import RoPE
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
@@ -42,13 +43,14 @@ class CARoPE(RoPE):
         nn.init.constant_(self.W.bias, self.start)
 
     def logit(self, x_BTC: Tensor) -> Tensor:
-        """x_t W + b, (B or 1, T, H or 1) fp32; called outside autocast."""
-        return functional.linear(x_BTC.float(), self.W.weight, self.W.bias)
+        """x_t W + b, (B or 1, T, H or 1) fp32."""
+        return narrow_linear(self.W, x_BTC)
 
     def frequency(self, x_BTC: Tensor) -> Tensor:
         """f(x_t)_h in (0, 1), (B or 1, H or 1, T) fp32."""
+        logit_BTH = self.logit(x_BTC)
         with torch.autocast(x_BTC.device.type, enabled=False):
-            return (1 + functional.softplus(self.logit(x_BTC))).reciprocal().transpose(1, 2)
+            return (1 + functional.softplus(logit_BTH)).reciprocal().transpose(1, 2)
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         self.check_cache(last)

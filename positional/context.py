@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from positional.base import PositionalEncoding, widest
+from positional.linear import narrow_linear
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
 
@@ -36,8 +37,8 @@ class CABLE(PositionalEncoding):
 
     def decay(self, x_BTC: Tensor) -> Tensor:
         """f(x_t)_h > 0, what token t takes off the logits of all that is before it, (B, H, T) fp32."""
+        z_BTH = narrow_linear(self.W, x_BTC)
         with torch.autocast(x_BTC.device.type, enabled=False):
-            z_BTH = functional.linear(x_BTC.float(), self.W.weight.float(), self.W.bias.float())
             # Contiguous on both sides of softplus: of its backward pass AOTAutograd and ATen expect different strides elsewise
             return functional.softplus(self.sign * z_BTH.transpose(1, 2).contiguous())
 

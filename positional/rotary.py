@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from positional.base import PositionalEncoding, eager_on_cpu, round_to_bf16, widest
+from positional.base import PositionalEncoding, round_to_bf16, widest
 from positional.rotation import turn_pairs
 
 
@@ -66,11 +66,7 @@ class RoPE(PositionalEncoding):
         return self.scaling.magnitude * coords.cos().float(), self.scaling.magnitude * coords.sin().float()
 
     def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = frame
-        if eager_on_cpu(u_BHTD):
-            return turn_pairs(u_BHTD, cos, sin)
-        a, b = u_BHTD.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(u_BHTD.dtype)
+        return turn_pairs(u_BHTD, *frame)
 
 
 class PartialRoPE(RoPE):

@@ -1,7 +1,7 @@
-"""The rotation of queries and keys on a CPU in eager mode, with a backward pass written out.
+"""The rotation of queries and keys, with a backward pass written out.
 
 As autograd derives it, every product keeps its fp32 operands and sends its own gradient back, to be added up: for CARoPE,
-whose cosines and sines have gradients too, twice the time. What a compiler makes of the plain formula needs none of this.
+whose cosines and sines have gradients too, twice the time on a CPU, and twice the bytes in a GPU's compiled kernels.
 
 Shapes: B batch, T positions, H heads, D head width, F = D/2 rotary pairs.
 """
@@ -44,6 +44,11 @@ class _Turn(torch.autograd.Function):
 
 def _turned(u: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """u turned forward, or back with sign −1: a cos − b sin and b cos + a sin, straight into their places."""
+    if torch.compiler.is_compiling():
+        # The partner by its index: a compiler keeps what `cat` joins in memory, and writes this where it goes
+        u2 = u.unflatten(-1, (2, -1))
+        signs = sign * torch.arange(-1, 2, 2, device=u.device)[:, None]
+        return (u2 * cos[..., None, :] + signs * u2.flip(-2) * sin[..., None, :]).flatten(-2)
     shape = (*map(max, u.shape[:-1], cos.shape[:-1]), u.size(-1))  # torch.broadcast_shapes takes longer than all the rest
     turned = u.new_empty(shape, dtype=torch.promote_types(u.dtype, cos.dtype))
     (a, b), (first, second) = u.chunk(2, dim=-1), turned.chunk(2, dim=-1)

@@ -10,6 +10,7 @@ from test_positional import build, tokens
 from analysis.attention import Sums, distance_bins, watched, weight_columns
 from analyze import main
 from positional import ENCODINGS
+from positional.bias import alibi_slopes
 from positional.weighted import causal_softmax, logits_of
 from system.errors import UserError
 
@@ -40,7 +41,7 @@ def test_they_are_the_softmax_that_the_formula_says():
         _, attend, q, k, *_ = seen[1]
         weights = torch.cat([w for _, w in weight_columns(attend, q, k)], dim=-1)
     distance = (torch.arange(24)[:, None] - torch.arange(24)).clamp(min=0)
-    bias = -torch.tensor(model.encodings[0].slopes)[:, None, None] * distance
+    bias = -alibi_slopes(model.cfg.n_head).float()[:, None, None] * distance
     expected = causal_softmax(logits_of(q, k) + bias, torch.ones(24, 24, dtype=torch.bool).tril())
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
 

@@ -11,6 +11,7 @@ from config import load_config
 from kernels.support import rotation_kernel
 from model import GPT
 from positional import ENCODINGS
+from positional.linear import narrow_linear
 from positional.rotation import turn_pairs
 from system.errors import UserError
 
@@ -53,12 +54,65 @@ def test_the_rotation_written_out_is_the_formula(rows, batch, heads, dtype, lear
         torch.testing.assert_close(mine, theirs, **close)
 
 
-def test_the_rotation_of_a_compiled_model_is_the_plain_formula():
-    rope = build("rope")
-    u = torch.randn(1, 2, 6, 16)
-    frame = rope.encodings[0].frame(rope.encodings[0].coords(u, torch.arange(6)))
-    compiled = torch.compile(rope.encodings[0].rotate, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(u, frame), rope.encodings[0].rotate(u, frame), atol=1e-6, rtol=0)
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_rotation_of_a_compiled_model_is_the_eager_one(learns):
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(2, 6, 2, 16, generator=generator).bfloat16().transpose(1, 2).requires_grad_()
+    cos, sin = (torch.randn(1, 2, 6, 8, generator=generator).requires_grad_(learns) for _ in range(2))
+    upstream = torch.randn(u.shape, generator=generator).bfloat16()
+    found = []
+    for turn in (turn_pairs, torch.compile(turn_pairs, backend="aot_eager", fullgraph=True)):
+        turned = turn(u, cos, sin)
+        found.append([turned, *torch.autograd.grad(turned, (u, cos, sin) if learns else (u,), upstream)])
+    for eager, compiled in zip(*found, strict=True):
+        assert eager.dtype == compiled.dtype
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=2**-8)
+
+
+TABLES = ["rope", "rope_bf16pos", "partial_rope", "xpos", "carope_scalar", "carope_frozen", "sinusoidal", "alibi"]
+
+
+@pytest.mark.parametrize("encoding", TABLES)
+def test_a_compiler_finds_the_positions_tables_in_memory(encoding):
+    """Else it would compute angles, in float64, in each kernel that reads them: 48 times a micro-step of GPT-Small."""
+    model, idx, graphs = build(encoding), tokens(24, batch=4), []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(model, backend=backend, fullgraph=True)(idx)
+        torch.testing.assert_close(found, model(idx), atol=0.1, rtol=0.1)
+    tables, wide = 0, set()
+    for node in graphs[0].graph.nodes:
+        if "in_memory" in str(node.target):
+            tables += 1
+            continue
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and (value.dtype == torch.float64 or wide & set(node.all_input_nodes)):
+            wide.add(node)
+            assert value.numel() <= 24 * 32, node  # float64 has reached what each sequence has of its own
+    assert tables and len(graphs) == 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_layer_of_f_is_fp32_and_its_gradients_as_good_as_autocast_s(bf16):
+    layer, generator = torch.nn.Linear(64, 4), torch.Generator().manual_seed(1)
+    x = torch.randn(2, 300, 64, generator=generator).requires_grad_()
+    upstream = torch.randn(2, 300, 4, generator=generator)
+    inputs = (x, layer.weight, layer.bias)
+    wanted = layer.double()(x.double())
+    exact = torch.autograd.grad(wanted, inputs, upstream.double())
+    layer.float()
+    for net in (narrow_linear, torch.compile(narrow_linear, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            z = net(layer, x)
+        assert z.dtype == torch.float32
+        torch.testing.assert_close(z.double(), wanted, atol=1e-5, rtol=1e-5)
+        for found, true in zip(torch.autograd.grad(z, (x, layer.weight, layer.bias), upstream), exact, strict=True):
+            assert (found - true).norm() < (2**-8 if bf16 and net is not narrow_linear else 1e-6) * true.norm()
 
 
 @pytest.mark.parametrize("encoding", ["carope_frozen", "carope_scalar", "carope_per_layer", "carope_hidden_shared"])
