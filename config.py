@@ -46,6 +46,9 @@ class Config(BaseModel):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="autocast type, weights stay float32; auto is bfloat16 where the hardware has it"
     )
+    residual: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the residual stream; bfloat16 moves fewer bytes and changes the numbers"
+    )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto is on for cuda")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",

@@ -252,6 +252,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
+def check_residual(cfg: Any) -> None:
+    """Raise UserError where cfg.residual is "bfloat16" and this run's matmuls would be float32."""
+    device = pick_device(cfg.device)
+    if cfg.residual == "bfloat16" and pick_dtype(cfg.dtype, device) != torch.bfloat16:
+        raise UserError(
+            f"residual = 'bfloat16': this run computes in float32 (dtype = {cfg.dtype!r} on {device.type!r}), so it would save "
+            "nothing; --dtype=bfloat16 or --residual=float32"
+        )
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices in hardware (GPUs from Ampere; CPUs with AVX512-BF16 or AMX)."""
     if device.type == "cuda":

@@ -202,6 +202,8 @@ class GPT(nn.Module):
         positions = Positions(self.wpe, x_BTC, pos_T, cache)
         if self.wpe is not None:
             x_BTC = self.wpe.embed(x_BTC, pos_T)
+        if self.cfg.residual == "bfloat16" and torch.is_autocast_enabled(x_BTC.device.type):
+            x_BTC = x_BTC.bfloat16()
         recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
             if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either

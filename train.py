@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from torch import nn
 
 from data import Batches, TokenStream, to_batch
-from distributed import Distributed, pick_device
+from distributed import Distributed, check_residual, pick_device
 from eval_ppl import evaluate
 from huggingface.initial import load_initial
 from kernels.support import check_kernel
@@ -35,6 +35,7 @@ from training.step import update
 def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
     check_kernel(cfg.kernel, pick_device(cfg.device))
+    check_residual(cfg)
     run_type = Run if cfg.replay_step < 0 else Replay
     with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, run_type(cfg, dist) as run:
         with dist.together():

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from conftest import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_positional import build
 
 from config import load_config
 from kernels.attention import _is_one_token, attention
@@ -277,3 +279,28 @@ def test_nothing_is_packed_where_onednn_has_no_blocks():
     pack(model, torch.float16)
     pack(model.to("meta"), torch.float32)
     assert [type(m) for m in model.modules()] == before and model.head is None
+
+
+def test_the_residual_stream_in_bf16_is_asked_for_and_only_under_autocast():
+    idx = tokens(40, vocab=97)
+    fp32, bf16 = (build("rope", f"--residual={kind}", "--block_size=64") for kind in ("float32", "bfloat16"))
+    seen: list[torch.dtype] = []
+    for model in (fp32, bf16):
+        for block in model.h:
+            block.register_forward_hook(lambda _block, args, out: seen.extend((args[0].dtype, out.dtype)))
+    assert torch.equal(fp32(idx), bf16(idx)) and set(seen) == {torch.float32}
+    losses = []
+    for model, wanted in ((fp32, torch.float32), (bf16, torch.bfloat16)):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        assert set(seen) == {wanted} and all(p.grad.dtype == torch.float32 for p in model.parameters())
+        losses.append(loss.item())
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_residual_stream_in_bf16_is_refused_where_nothing_else_is(small):
+    done = run_command("train.py", *small, "--residual=bfloat16", "--dtype=float32", "--device=cpu", "--name=refused")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "residual = 'bfloat16'" in done.stderr and "--dtype=bfloat16" in done.stderr
