@@ -5,12 +5,15 @@ compute. Attention, a library's kernel on a GPU, is an operator of its shapes he
 """
 
 import ctypes
+import runpy
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+
+from system.errors import UserError
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 * 2**30,
@@ -58,7 +61,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 
 def pretend() -> None:
-    """Have torch take this machine's GPU for an H100. Raises subprocess.CalledProcessError without a C++ compiler."""
+    """Have torch, not yet imported, believe in an H100. Raises UserError without a C++ compiler, or for a CUDA build of torch."""
     load_guard()
     import torch
     from torch._dynamo.device_interface import CudaInterface
@@ -95,6 +98,10 @@ def load_guard() -> None:
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
     home = Path(spec.origin).parent
+    if runpy.run_path(str(home / "version.py"))["cuda"]:
+        raise UserError(
+            "benchmarks.codegen: this torch was built for CUDA and knows that there is no H100; its CPU build takes one"
+        )
     with TemporaryDirectory() as folder:
         source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
         source.write_text(GUARD)
@@ -108,7 +115,10 @@ def load_guard() -> None:
             f"-I{home}/include/torch/csrc/api/include",
         ]
         words += [str(source), f"-L{home}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib", "-o", str(library)]
-        subprocess.run(words, check=True, capture_output=True)
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"benchmarks.codegen: needs a C++ compiler, as `make test` does ({error})") from None
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 

@@ -1,4 +1,4 @@
-"""Rotation of queries and keys, forward and backward: eager, compiled eager, and the Triton kernels where there is a GPU.
+"""Rotation of queries and keys, forward and backward: eager, compiled, and on a GPU the Triton kernels by block and warps.
 
     python bench.py rotary
     python bench.py rotary --batch=64 --length=1024 --layers=12
@@ -105,7 +105,7 @@ def _candidates(args: argparse.Namespace, encoding: str, device: Any) -> dict[st
 
     def eager() -> list[torch.Tensor]:
         frame = one.frame(one.coords(x, pos_T))
-        split = (packed.permute(2, 0, 3, 1, 4) for packed in layers)
+        split = ((u_BTHD.transpose(1, 2) for u_BTHD in packed.unbind(2)) for packed in layers)
         return [u for q, k, v in split for u in (one.rotate(q, frame), one.rotate(k, frame), v)]
 
     def fused() -> list[torch.Tensor]:
@@ -115,6 +115,17 @@ def _candidates(args: argparse.Namespace, encoding: str, device: Any) -> dict[st
     def both(forward: Callable[[], list[torch.Tensor]]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(), inputs, grads * args.layers)
 
+    def tuned(block: int, warps: int) -> Callable[[], object]:
+        from kernels import rotary
+
+        def call() -> object:
+            rotary.BLOCK, rotary.WARPS = block, warps
+            return both(fused)()
+
+        return call
+
     found = {"eager": both(eager), "compiled": both(torch.compile(eager, dynamic=False))}
     kernel = rotation_kernel("triton", type(one))
-    return found | ({"triton": both(fused)} if kernel and device.type == "cuda" else {})
+    if kernel and device.type == "cuda":
+        found |= {f"triton {block}/{warps}": tuned(block, warps) for block in (2048, 1024) for warps in (4, 8)}
+    return found

@@ -2,6 +2,7 @@
 
     python bench.py train config/tiny.toml --micro_batch=4 --encodings rope carope
     python bench.py train config/small.toml --synthetic --vs ../nanoGPT --vs ../build-nanogpt
+    python bench.py train config/small.toml --synthetic --encodings rope rope,kernel=triton rope,residual=bfloat16
 
 The matmul rate that MFU is measured against is taken in every round, too. `bare` is forward, backward and optimizer alone, on
 tokens that are there already. Under torchrun each rank does all of it, and tokens/s are those of all ranks.
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encodings",
         nargs="+",
         metavar="NAME",
-        help="encodings to interleave, first the baseline [default: the config's]",
+        help="encodings to interleave, the baseline first; with options as rope,kernel=triton [default: the config's]",
     )
     add("--micro_steps", type=int, default=1, help="micro-batches of a step [default: 1]")
     add("--rounds", type=int, default=20, help="rounds that count, each times every candidate once [default: 20]")
@@ -39,28 +40,27 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     cfg = bench_config(rest, args.micro_steps)
     with Distributed.start(cfg.device, cfg.dtype) as dist, bench_data(cfg, args.synthetic) as cfg:
-        return time_candidates(
-            args, [bench_config(rest, args.micro_steps, name, cfg.data) for name in args.encodings or [cfg.encoding]], dist
-        )
+        names = args.encodings or [cfg.encoding]
+        return time_candidates(args, {name: bench_config(rest, args.micro_steps, name, cfg.data) for name in names}, dist)
 
 
-def time_candidates(args: argparse.Namespace, cfgs: list[Any], dist: Any) -> dict[str, Any]:
-    """Build a trainee per configuration and the peers, interleave them, and say what came out."""
+def time_candidates(args: argparse.Namespace, cfgs: dict[str, Any], dist: Any) -> dict[str, Any]:
+    """Build a trainee per configuration, by its name, and the peers, interleave them, and say what came out."""
     from benchmarks.measure import interleave, matmul
     from benchmarks.peers import Peer
     from benchmarks.trainee import Trainee
 
-    peers = [Peer(Path(path), cfgs[0], str(dist.device), args.vs_tuned) for path in args.vs]
+    peers = [Peer(Path(path), next(iter(cfgs.values())), str(dist.device), args.vs_tuned) for path in args.vs]
     trainees, about = [], []
-    for cfg in cfgs:
+    for name, cfg in cfgs.items():
         begin = time.perf_counter()
-        trainees.append(Trainee(cfg, dist))
+        trainees.append(Trainee(cfg, dist, name))
         trainees[-1].whole()
         about.append(trainees[-1].describe() | {"first_step_seconds": round(time.perf_counter() - begin, 2)})
     mm, mm_flops = matmul(dist.device, dist.dtype)
-    work: dict[str, Any] = {"matmul": mm} | {t.cfg.encoding: t.whole for t in trainees}
+    work: dict[str, Any] = {"matmul": mm} | {t.name: t.whole for t in trainees}
     if not args.no_bare:
-        work |= {f"{t.cfg.encoding}, bare": t.bare for t in trainees}
+        work |= {f"{t.name}, bare": t.bare for t in trainees}
     work |= {peer.name: peer.step for peer in peers}
     for trainee in trainees:
         trainee.batches.waited = 0.0
@@ -89,8 +89,8 @@ def summarize(
     mm_rate = 1e3 * flops / mm["ms_median"]
     results = []
     for trainee, known in zip(trainees, about, strict=True):
-        name = trainee.cfg.encoding
-        one = known | spread(seconds[name], tokens) | {"vs_baseline": speedup(seconds[name], seconds[base.encoding])}
+        name = trainee.name
+        one = known | spread(seconds[name], tokens) | {"vs_baseline": speedup(seconds[name], seconds[trainees[0].name])}
         rate = one["tokens_per_second"] / dist.world_size * trainee.cfg.flops_per_token
         one |= {
             "tokens_per_second_per_device": round(one["tokens_per_second"] / dist.world_size, 1),
@@ -104,7 +104,7 @@ def summarize(
         results.append(one)
     theirs = []
     for peer in peers:
-        ratio = speedup(seconds[base.encoding], seconds[peer.name])
+        ratio = speedup(seconds[trainees[0].name], seconds[peer.name])
         theirs.append({"peer": peer.name, "ours_over_theirs": ratio} | spread(seconds[peer.name], tokens))
     return {
         **results[0],
@@ -130,7 +130,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'':28}{'ms':>10}{'p10':>10}{'p90':>10}{'tokens/s':>12}{'ratio':>8}{'MFU':>8}{'bare':>8}")
     for one in result["results"]:
         bare = f"{one['whole_over_bare']:.3f}" if "whole_over_bare" in one else "–"
-        print(times(one["encoding"], one, one["vs_baseline"]) + f"{one['mfu_measured']:>8.1%}{bare:>8}")
+        print(times(one["candidate"], one, one["vs_baseline"]) + f"{one['mfu_measured']:>8.1%}{bare:>8}")
     for peer in result["peers"]:
         print(times(peer["peer"], peer, 1 / peer["ours_over_theirs"]))
     print("ratio: speed over the first line's; MFU: of the matmul rate; bare: whole step over forward, backward, optimizer")

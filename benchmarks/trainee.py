@@ -44,7 +44,8 @@ class Trainee:
     `whole` takes a step with all that train.py does; `bare` is forward, backward and optimizer on one batch, always the same.
     """
 
-    def __init__(self, cfg: Config, dist: Distributed) -> None:
+    def __init__(self, cfg: Config, dist: Distributed, name: str = "") -> None:
+        self.name = name or cfg.encoding
         self.scratch = Path(tempfile.mkdtemp(prefix="bench-"))
         never = {"steps": 2**40, "eval_every": 2**40, "save_every": 2**40, "name": "bench", "out_dir": str(self.scratch)}
         self.cfg, self.dist = cfg.model_copy(update=never), dist
@@ -92,6 +93,7 @@ class Trainee:
         q_BHTD = torch.empty(1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head, device=dist.device, dtype=dist.dtype)
         return {
             "encoding": cfg.encoding,
+            "candidate": self.name,
             "n_params": self.model.n_params(),
             "flops_per_token": cfg.flops_per_token,
             "attention": chosen(q_BHTD),
@@ -99,9 +101,13 @@ class Trainee:
         }
 
 
-def bench_config(words: list[str], micro_steps: int, encoding: str | None = None, data: str | None = None) -> Config:
-    """The configuration of `words`, whose step is `micro_steps` micro-batches on each device."""
-    extra = [f"--encoding={encoding}"] if encoding else []
+def bench_config(words: list[str], micro_steps: int, candidate: str | None = None, data: str | None = None) -> Config:
+    """The configuration of `words`, whose step is `micro_steps` micro-batches on each device.
+
+    A `candidate` is an encoding, or an encoding and options: rope,kernel=triton.
+    """
+    encoding, *options = candidate.split(",") if candidate else [""]
+    extra = [f"--encoding={encoding}", *(f"--{option}" for option in options)] if candidate else []
     cfg = load_config([*words, *extra, *([f"--data={data}"] if data else [])])
     tokens = micro_steps * cfg.micro_batch * cfg.block_size * int(os.environ.get("WORLD_SIZE", "1"))
     return cfg.model_copy(update={"tokens_per_step": tokens})
