@@ -241,7 +241,8 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("mps")
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:
-        raise UserError(f"local rank {index} has no GPU, this node has {count}; --nproc_per_node={count} is the most")
+        message = f"local rank {index} has no GPU, this node has {count}; --nproc_per_node={count} is the most"
+        raise UserError(message, alone=index == count)  # local rank 0 has one and does not come here: the first without says it
     return torch.device("cuda", index)
 
 

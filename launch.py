@@ -6,6 +6,7 @@ Takes torchrun's options (--nnodes, --rdzv_endpoint, --max-restarts, …); one n
 everything else the same, but ends with 1 whether a signal stopped the run (75 here), an option was wrong (2) or a rank died.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ def launch(arguments: list[str]) -> int:
 
     if hasattr(signal, "SIGUSR1"):  # not on Windows; torchrun minds SIGTERM and SIGINT itself
         signal.signal(signal.SIGUSR1, stop)
+    # Ranks that end with a code have said why, and of those that were killed we say it below
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     options = torchrun.parse_args(arguments)
     if (options.rdzv_backend, options.rdzv_endpoint, options.master_port, options.nnodes) == ("static", "", None, "1:1"):
         options.standalone = True

@@ -1,5 +1,6 @@
 """Table 1: train what is missing, evaluate, and put our perplexities beside the paper's.
 
+    python table1.py --nproc 2 --preflight           # do GPUs, data and disk bear it, and what will it cost: a few minutes
     python table1.py --dry_run                       # what is there, what is left, how long it takes
     python table1.py --nproc 2                       # the paper's eight runs on two GPUs, then the table
     python table1.py --sizes tiny --encodings rope carope_hidden --lengths 512 1024 2048 --seed=2
@@ -9,12 +10,14 @@ it was. Writes table1.md, table1.json and table1.png.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from experiments.jobs import launch
+from config import grad_accum
+from experiments.jobs import launch, start
 from experiments.plan import ROOT, Entry, find, read_results, refuse_conflicts, show_plan
 from system.console import CommandLine, quiet
 from system.errors import UserError, command
@@ -52,7 +55,15 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--nproc", type=int, default=0, help="processes on this node [default: one, which uses one device]")
     add("--out", default=None, help="folder of table1.* [default: the runs' out_dir]")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
+    add(
+        "--preflight",
+        action="store_true",
+        help="try a few steps of each run, the exchange between ranks, data, disk and a checkpoint, say the cost and leave",
+    )
+    add("--json", metavar="FILE", help="with --preflight: also write its figures there")
     args, rest = parser.parse_known_args()
+    if args.json and not args.preflight:
+        raise UserError("--json: goes with --preflight; the table's figures are in table1.json")
     return args, [word for word in rest if word != "--"]
 
 
@@ -61,6 +72,22 @@ def plan(sizes: list[str], encodings: list[str], overrides: list[str]) -> list[E
     if any(word.partition("=")[0] == "--name" for word in overrides):
         raise UserError("--name: table1.py names its runs SIZE-ENCODING; --out_dir keeps sets of runs apart")
     return [find(ROOT / f"config/{size}.toml", encoding, overrides) for size in sizes for encoding in encodings]
+
+
+def try_out(entries: list[Entry], args: argparse.Namespace, overrides: list[str]) -> int:
+    """The preflight, on the ranks that torchrun has started or on --nproc of its own; returns the exit code."""
+    if args.nproc and "WORLD_SIZE" in os.environ:
+        raise UserError(f"--nproc {args.nproc}: torchrun has started the processes already; leave one of them out")
+    if args.nproc:
+        for entry in entries:
+            grad_accum(entry.cfg, args.nproc)  # refuses what they cannot share before they are started
+        words = ["--preflight", "--sizes", *args.sizes, "--encodings", *args.encodings, *overrides]
+        words += ["--json", args.json] if args.json else []
+        return start("table1.py", words, args.nproc)
+    from experiments.preflight import preflight
+
+    preflight(entries, args.json)
+    return 0
 
 
 def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -154,15 +181,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 @command
-def main() -> None:
-    """Show the plan; unless it is a dry run, do what is left of it and render the table."""
+def main() -> int:
+    """Show the plan; unless it is a dry run or a preflight, do what is left of it and render the table."""
     args, overrides = parse_args()
     entries = plan(args.sizes, args.encodings, overrides)
-    if args.dry_run or not quiet():
+    if args.dry_run or not (quiet() or args.preflight):
         show_plan(entries)
     if args.dry_run:
-        return
+        return 0
     refuse_conflicts(entries)
+    if args.preflight:
+        return try_out(entries, args, overrides)
     results = []
     out = Path(args.out or entries[0].cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -173,6 +202,7 @@ def main() -> None:
         file.write(render(results))
     draw(results, out / "table1.png")
     print(f"\n{render(results)}\n{out}/table1.md, table1.json, table1.png")
+    return 0
 
 
 if __name__ == "__main__":

@@ -45,13 +45,22 @@ def environment(threads: int = 0) -> dict[str, str]:
     return os.environ | {PARENT: str(os.getpid())} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
-def launch(script: str, arguments: Sequence[str], nproc: int) -> None:
-    """Run one of our scripts, on nproc ranks where nproc > 0; signals go on to it, so that it saves and leaves."""
+def start(script: str, arguments: Sequence[str], nproc: int) -> int:
+    """Run one of our scripts, on nproc ranks where nproc > 0; returns its exit code.
+
+    Signals go on to it, so that it saves and leaves: EXIT_REQUEUE.
+    """
     launcher = [str(ROOT / "launch.py"), f"--nproc_per_node={nproc}"] if nproc else []
     child = subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *arguments], env=environment())
     with signals_to(lambda: child.send_signal(signal.SIGTERM)) as received:
         code = child.wait()
-    if received or code == EXIT_REQUEUE:
+    return EXIT_REQUEUE if received else code
+
+
+def launch(script: str, arguments: Sequence[str], nproc: int) -> None:
+    """`start`, but raise SystemExit(75) after a signal, and UserError where the script fails."""
+    code = start(script, arguments, nproc)
+    if code == EXIT_REQUEUE:
         raise stopped()
     if code:
         raise UserError(f"{script} {' '.join(arguments)}: failed with exit code {code}; its message stands above")

@@ -100,6 +100,16 @@ def test_the_device_is_the_first_that_is_there_and_can_be_used(monkeypatch, want
             pick_device(wanted)
 
 
+@pytest.mark.parametrize(("local_rank", "says_it"), [(2, True), (3, False)])
+def test_of_more_ranks_than_gpus_the_first_without_one_says_so(monkeypatch, local_rank, says_it):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(UserError, match=f"local rank {local_rank} has no GPU, this node has 2") as refused:
+        pick_device("auto")
+    assert refused.value.alone is says_it
+
+
 def test_a_process_compiles_as_many_models_as_a_bench_holds(monkeypatch):
     compile_whole = partial(torch.compile, backend="eager", fullgraph=True)  # raises where the compiler gives up
     monkeypatch.setattr(torch, "compile", compile_whole)

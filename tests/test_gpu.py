@@ -115,3 +115,10 @@ def test_a_run_that_was_told_to_leave_goes_on(words, tmp_path):
     assert again.wait(timeout=120) == 75, again.communicate()[1]
     steps = [record["step"] for record in records(tmp_path / "left") if "loss" in record]
     assert steps == list(range(len(steps))) and len(steps) > left + 1
+
+
+def test_the_preflight(words):
+    table = ["--preflight", "--sizes", "demo", "--encodings", "rope", "carope", *[w for w in words if "--encoding=" not in w]]
+    done = torchrun(1, "table1.py", *table)
+    assert done.returncode == 0 and "all came back bit for bit" in done.stdout, done.stderr
+    assert f"exchange: {'nccl' if DEVICE == 'cuda' else 'gloo'}, " in done.stdout and "the sum is right" in done.stdout
