@@ -57,10 +57,11 @@ class Located:
 
     def rotate(self, qkv_BTM: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
         """q and k turned to their positions, and v, each (B, H, T, D), from c_attn's output, M = 3C."""
+        B, T, _ = qkv_BTM.shape
         if self.rotation is not None:
-            return self.rotation(qkv_BTM.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4))
+            return self.rotation(qkv_BTM.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4))
         # Split first: the backward pass then writes three gradients side by side and transposes none of them
-        q, k, v = (u_BTC.unflatten(-1, (n_head, -1)).transpose(1, 2) for u_BTC in qkv_BTM.chunk(3, dim=-1))
+        q, k, v = (u_BTC.view(B, T, n_head, -1).transpose(1, 2) for u_BTC in qkv_BTM.chunk(3, dim=-1))
         return *self.encoding.turn(q, k, self.frame), v
 
 

@@ -61,7 +61,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 
 def pretend() -> None:
-    """Have torch, not yet imported, believe in an H100. Raises UserError without a C++ compiler, or for a CUDA build of torch."""
+    """Have torch, not yet imported, believe in an H100. Raises UserError without a C++ compiler, or for a build for CUDA."""
     load_guard()
     import torch
     from torch._dynamo.device_interface import CudaInterface

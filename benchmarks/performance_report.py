@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from results/bench-*.json.
+"""The tables of docs/performance.md, from results/bench-*.json and results/codegen-*.json.
 
 python -m benchmarks.performance_report          # write them into the page
 """
@@ -121,6 +121,38 @@ def render_training() -> str:
     return "\n".join(lines) + f"\n\n{source(found)}\n"
 
 
+def estimated(name: str) -> dict[str, dict[str, Any]]:
+    """By encoding, what benchmarks.codegen wrote to results/codegen-NAME.json."""
+    return {one["encoding"]: one for one in json.loads((ROOT / f"results/codegen-{name}.json").read_text())["results"]}
+
+
+def render_codegen() -> str:
+    """A row per size and encoding, before and after; rows of options; then a row per part of GPT-Small's micro-step with RoPE."""
+
+    def row(name: str, one: dict[str, Any], rope: dict[str, Any], old: dict[str, Any] | None) -> str:
+        was = {key: f"{old[key]:,.{digits}f} → " if old else "" for key, digits in forms.items()}
+        cells = [f"{was[key]}{one[key]:,.{digits}f}" for key, digits in forms.items()]
+        return f"| {name} | {' | '.join(cells)} | {rope['ms'] / one['ms']:.3f} |"
+
+    forms = {"launches": 0, "gb": 1, "ms": 1, "tokens_per_second": 0}
+    lines = ["| micro-step | launches | GB | ms | tokens/s | ÷ RoPE |", "|---|---:|---:|---:|---:|---:|"]
+    for size in ("small", "tiny"):
+        before, after = estimated(f"{size}-before"), estimated(size)
+        rows = {f"GPT-{size.capitalize()}, {name}": (one, before[name]) for name, one in after.items()}
+        lines += [row(name, one, after["rope"], old) for name, (one, old) in rows.items()]
+    rope = estimated("small")["rope"]
+    for file, option in (("small-triton", "--kernel=triton"), ("small-bf16", "--residual=bfloat16")):
+        lines += [row(f"GPT-Small, {name}, `{option}`", one, rope, None) for name, one in estimated(file).items()]
+    lines += ["", "| GPT-Small, rope: part | launches | GB | ms |", "|---|---:|---:|---:|"]
+    before, after = (estimated(name)["rope"]["parts"] for name in ("small-before", "small"))
+    for part, old in before.items():
+        cells = (f"{old[key]:.{digits}f} → {after[part][key]:.{digits}f}" for key, digits in list(forms.items())[:3])
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    found = [json.loads((ROOT / f"results/codegen-{name}.json").read_text()) for name in ("small-before", "small")]
+    commits = " → ".join(one["git"][:7] for one in found)
+    return "\n".join(lines) + f"\n\n`{found[1]['command']}`, torch {found[1]['torch']}, commits {commits}.\n"
+
+
 def source(found: dict[str, Any]) -> str:
     """Command, machine, commit and n of a result."""
     machine = f"{found['device']}, {found['threads']} threads, torch {found['torch']}"
@@ -130,7 +162,7 @@ def source(found: dict[str, Any]) -> str:
 
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
-    return {"targets": render_targets(), "training": render_training()}
+    return {"targets": render_targets(), "training": render_training(), "codegen": render_codegen()}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from benchmarks.measure import interleave, spread
 from config import Config
 from data import Batches
-from distributed import Distributed, pick_dtype
+from distributed import Distributed, check_residual, pick_dtype
 from kernels.support import check_kernel
 from model import GPT
 from system.errors import UserError
@@ -97,6 +97,7 @@ def take_steps(cfg: Config, dist: Distributed, timed: int, folder: Path | None) 
 def build(cfg: Config, dist: Distributed) -> tuple[Batches, GPT, Optimizer]:
     """Data, model and optimizer as train.py makes them, but for --init_from."""
     check_kernel(cfg.kernel, dist.device)
+    check_residual(cfg)
     batches = Batches(cfg, "train", dist)
     model = dist.shard(GPT(cfg), cfg)
     return batches, model, make_optimizer(model, cfg)

@@ -122,7 +122,7 @@ class PositionalEncoding(nn.Module):
     def key_bias(self, coords_k: Tensor) -> Tensor | None:
         """c, (B or 1, H, S) float32 or wider: the logit of query i and key j grows by c_j − c_i. None: it does not.
 
-        A softmax does not see −c_i, so a column beside the keys does it all and no T × S bias is formed.
+        A softmax does not see −c_i, so columns beside the keys do it all and no T × S bias is formed; c's gradient does see it.
         """
         return None
 
