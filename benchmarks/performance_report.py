@@ -127,7 +127,7 @@ def estimated(name: str) -> dict[str, dict[str, Any]]:
 
 
 def render_codegen() -> str:
-    """A row per size and encoding, before and after; rows of options; then a row per part of GPT-Small's micro-step with RoPE."""
+    """A row per size and encoding, before and after, and per option; then a row per part of GPT-Small with RoPE."""
 
     def row(name: str, one: dict[str, Any], rope: dict[str, Any], old: dict[str, Any] | None) -> str:
         was = {key: f"{old[key]:,.{digits}f} → " if old else "" for key, digits in forms.items()}
