@@ -25,16 +25,15 @@ def eager_on_cpu(u: Tensor) -> bool:
 
 
 def once(given: Any) -> Any:
-    """`given`, a tensor, a tuple of such or None; what all sequences share of it (size 1 in the first dimension) is in memory.
+    """`given`, whatever a frame is; tensors that all sequences share, of size 1 in the first dimension, are in memory.
 
     A compiler would compute it anew inside every kernel that reads it: RoPE's angles, in float64, for each channel of each
     token in each layer. Behind an operator that it does not know, it computes them once and every layer reads the table.
     """
-    if isinstance(given, tuple):
+    if type(given) is tuple:
         return tuple(map(once, given))
-    if given is None or not torch.compiler.is_compiling() or given.size(0) != 1:
-        return given
-    return in_memory(given)
+    is_shared = isinstance(given, Tensor) and given.dim() > 0 and given.size(0) == 1
+    return in_memory(given) if is_shared and torch.compiler.is_compiling() else given
 
 
 @torch.library.custom_op("carope::in_memory", mutates_args=())

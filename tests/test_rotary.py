@@ -11,6 +11,7 @@ from config import load_config
 from kernels.support import rotation_kernel
 from model import GPT
 from positional import ENCODINGS
+from positional.base import once
 from positional.linear import narrow_linear
 from positional.rotation import turn_pairs
 from system.errors import UserError
@@ -95,6 +96,14 @@ def test_a_compiler_finds_the_positions_tables_in_memory(encoding):
             wide.add(node)
             assert value.numel() <= 24 * 32, node  # float64 has reached what each sequence has of its own
     assert tables and len(graphs) == 1
+
+
+def test_what_is_no_table_stays_what_it_is():
+    """A frame may be anything that an encoding's own `rotate` reads."""
+    frame = (torch.ones(1, 3), torch.ones(2, 3), None, 5, {"a": torch.ones(1)}, torch.tensor(2.0))
+    found = torch.compile(once, backend="eager", fullgraph=True)(frame)
+    assert found[1] is frame[1] and found[2:4] == (None, 5) and found[4].keys() == {"a"} and found[5] == 2
+    assert torch.equal(found[0], frame[0]) and found[0] is not frame[0] and once(frame) == frame
 
 
 @pytest.mark.parametrize("bf16", [False, True])
