@@ -26,18 +26,19 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.shape = u.shape
-        ctx.save_for_backward(u if cos.requires_grad or sin.requires_grad else None, cos, sin)
+        held = (u,) if cos.requires_grad or sin.requires_grad else ()
+        ctx.save_for_backward(*held, cos, sin)
         return _turned(u.float(), cos, sin, 1).to(u.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, cos, sin = ctx.saved_tensors
+        *held, cos, sin = ctx.saved_tensors
         g = grad.float()
         grad_u = _turned(g, cos, sin, -1).sum_to_size(ctx.shape).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        if u is None:
+        if not held:
             return grad_u, None, None
-        (a, b), (ga, gb) = u.float().chunk(2, dim=-1), g.chunk(2, dim=-1)
+        (a, b), (ga, gb) = held[0].float().chunk(2, dim=-1), g.chunk(2, dim=-1)
         grad_cos, grad_sin = (ga * a).addcmul_(gb, b), (gb * a).addcmul_(ga, b, value=-1)
         return grad_u, grad_cos.sum_to_size(cos.shape), grad_sin.sum_to_size(sin.shape)
 
