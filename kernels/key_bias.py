@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.support import key_bias_kernel
+from positional.base import operator
 
 BLOCK = 128  # queries at a time where there is no Triton
 
@@ -45,7 +46,7 @@ class _WithGradient(torch.autograd.Function):
         return dy, None, None, None, dc.sum_to_size(c.shape).to(c.dtype)
 
 
-@torch.library.custom_op("carope::key_bias_gradient", mutates_args=())
+@operator
 def key_bias_gradient(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, c: Tensor) -> Tensor:
     """G, (B, H, T) fp32, of q, k, v, dy (B, H, T, D) and c (B, H, T), fp32 or float64."""
     return (key_bias_kernel(q.device) or in_blocks)(q, k, v, dy, c)

@@ -118,6 +118,34 @@ def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers
     assert files["positional_carope.py"] == re.sub(r"^from positional\.", "from .positional_", ours, flags=re.MULTILINE)
 
 
+BESIDE = """
+import gc, importlib.util, torch
+from kernels import key_bias
+from positional import base
+held = []
+for n in range(3):
+    for ours in (base, key_bias):
+        spec = importlib.util.spec_from_file_location(f"copy_{n}", ours.__file__)
+        other = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(other)
+        held.append(other)
+x = torch.ones(1, 1, 2, 4)
+operators = [o for m in [base, key_bias, *held] for o in [getattr(m, "in_memory", None) or m.key_bias_gradient]]
+assert len({o._qualname for o in operators}) == 8
+for one in operators:
+    one(*([x] if "in_memory" in one._qualname else [x, x, x, x, x[..., 0]]))
+del held, other, spec, operators, one
+gc.collect()
+print(torch.equal(base.in_memory(x), x), *key_bias.key_bias_gradient(x, x, x, x, x[..., 0]).shape)
+"""
+
+
+def test_a_copy_of_the_code_has_operators_of_its_own():
+    """To define an operator anew frees what the first copy calls: a worker of these tests died of it."""
+    done = run_command("-c", BESIDE)
+    assert (done.returncode, done.stdout) == (0, "True 1 1 2\n"), done.stderr
+
+
 def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     saved(run, "alibi")

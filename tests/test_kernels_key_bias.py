@@ -38,11 +38,12 @@ def inputs(B: int, H: int, T: int, D: int, dtype: torch.dtype, step: float, seed
     return [*found, (step * torch.rand(B, H, T, generator=generator, dtype=torch.float64)).cumsum(-1).to(DEVICE)]
 
 
-def compare(gradient, *given: Tensor) -> None:
-    """As close as fp32 sums come, to c and to what c is the running sum of."""
+def compare(gradient, step: float, *given: Tensor) -> None:
+    """As close as fp32 sums come, to c and to what c is the running sum of; logits span what c does in a block of 128 queries."""
+    limit = 2e-5 + 128 * step * 2**-24
     found, wanted = gradient(*given).double(), reference(*given)
     for mine, exact in ((found, wanted), (found.flip(-1).cumsum(-1), wanted.flip(-1).cumsum(-1))):
-        assert (mine - exact).norm() <= 2e-5 * exact.norm() + 1e-5
+        assert (mine - exact).norm() <= limit * (exact.norm() + 1)
 
 
 @settings(deadline=None, max_examples=12)
@@ -53,13 +54,13 @@ def compare(gradient, *given: Tensor) -> None:
 )  # fmt: skip
 def test_the_kernels_have_the_gradient_of_the_formula(B, H, T, D, dtype, step):
     assert key_bias_kernel(DEVICE) is not None
-    compare(key_bias_gradient, *inputs(B, H, T, D, dtype, step))
+    compare(key_bias_gradient, step, *inputs(B, H, T, D, dtype, step))
 
 
 @pytest.mark.parametrize("T", [1, 127, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_so_has_what_stands_in_for_them(T, dtype):
-    compare(in_blocks, *inputs(2, 2, T, 16, dtype, 1.4))
+    compare(in_blocks, 1.4, *inputs(2, 2, T, 16, dtype, 1.4))
 
 
 COMPILE = """
