@@ -39,7 +39,7 @@ def inputs(B: int, H: int, T: int, D: int, dtype: torch.dtype, step: float, seed
 
 
 def compare(gradient, step: float, *given: Tensor) -> None:
-    """As close as fp32 sums come, to c and to what c is the running sum of; logits span what c does in a block of 128 queries."""
+    """As close as fp32 comes, to c and to what c sums up; logits span what c does in a block of 128 queries."""
     limit = 2e-5 + 128 * step * 2**-24
     found, wanted = gradient(*given).double(), reference(*given)
     for mine, exact in ((found, wanted), (found.flip(-1).cumsum(-1), wanted.flip(-1).cumsum(-1))):
