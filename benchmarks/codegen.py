@@ -59,16 +59,16 @@ def main() -> None:
 
     results = []
     for cfg in cfgs:
-        kernels = micro_step(cfg)
-        results.append(estimate(cfg, kernels, args))
+        kernels, n_params = micro_step(cfg)
+        results.append(estimate(cfg, kernels, n_params, args))
         show(results[-1], kernels if args.show else [])
     if args.json:
         about = {"command": shlex.join(["python", "-m", "benchmarks.codegen", *sys.argv[1:]]), "git": git_version()}
         write_json(Path(args.json), {**about, "torch": torch.__version__, "estimated": True, "results": results})
 
 
-def micro_step(cfg: Config) -> list[dict[str, Any]]:
-    """The kernels of a forward and a backward pass: {part, name, bytes, flops} each."""
+def micro_step(cfg: Config) -> tuple[list[dict[str, Any]], int]:
+    """The kernels of a forward and a backward pass, {part, name, bytes, flops} each, and the model's number of parameters."""
     import torch
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -103,7 +103,7 @@ def micro_step(cfg: Config) -> list[dict[str, Any]]:
                     module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"))
         ids = torch.empty((cfg.micro_batch, cfg.block_size), dtype=torch.int64, device="cuda")
         torch.compile(model, dynamic=False, fullgraph=True)(ids, ids)
-    return kernels
+    return kernels, model.n_params()["total"]
 
 
 def kernels_of(graph: Any) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ def bytes_of(node: Any) -> int:
     return int(sum(size for name, size in moved.items() if name not in scattered))
 
 
-def estimate(cfg: Config, kernels: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+def estimate(cfg: Config, kernels: list[dict[str, Any]], n_params: int, args: argparse.Namespace) -> dict[str, Any]:
     """Launches, GB, TFLOP and milliseconds of each part, and of the whole."""
     parts: dict[str, dict[str, float]] = defaultdict(lambda: {"launches": 0, "gb": 0.0, "tflop": 0.0, "ms": 0.0})
     tokens = cfg.micro_batch * cfg.block_size
@@ -156,9 +156,7 @@ def estimate(cfg: Config, kernels: list[dict[str, Any]], args: argparse.Namespac
     # Half of T² each way: two matmuls forward, five backward
     parts["attention"]["tflop"] = 7 * cfg.n_layer * tokens * cfg.block_size * cfg.n_embd / 1e12
     # Outside of the graph: of all but the first micro-step each gradient is read, and the sum read and written, in fp32
-    from model import GPT
-
-    parts["sum of gradients"]["gb"] = 3 * 4 * GPT(cfg).n_params()["total"] / 1e9
+    parts["sum of gradients"]["gb"] = 3 * 4 * n_params / 1e9
     for name, part in parts.items():
         rate = args.attention if name == "attention" else args.matmul
         part["ms"] = 1e3 * (part["gb"] / 1e3 / args.bandwidth + part["tflop"] / rate)

@@ -111,8 +111,7 @@ def load_guard() -> None:
             "-std=c++20",
             "-shared",
             "-fPIC",
-            f"-I{home}/include",
-            f"-I{home}/include/torch/csrc/api/include",
+            *(f"-I{home}/include{sub}" for sub in ("", "/torch/csrc/api/include")),
         ]
         words += [str(source), f"-L{home}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home}/lib", "-o", str(library)]
         try:

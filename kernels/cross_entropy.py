@@ -77,17 +77,15 @@ def losses_and_grads(
 
 def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> Tensor:
     """Losses of some rows, (n,) fp32; with grads the logits become softmax − onehot, the gradient, where they lie."""
-    if with_grads and torch.compiler.is_compiling():
-        return _fusible(logits_nV, targets_n)
+    if torch.compiler.is_compiling():  # it makes one kernel of all rows without our help
+        return _fusible(logits_nV, targets_n) if with_grads else _losses(logits_nV, targets_n)
     rows = max(1, CACHE_BYTES[logits_nV.device.type] // (4 * logits_nV.size(1)))
-    if torch.compiler.is_compiling():
-        rows = len(logits_nV)
     losses = []
     for part_mV, targets_m in zip(logits_nV.split(rows), targets_n.split(rows), strict=True):
-        z_mV, targets_m1 = part_mV.float(), targets_m[:, None]
         if not with_grads:
-            losses.append(functional.cross_entropy(z_mV, targets_m, reduction="none"))
+            losses.append(_losses(part_mV, targets_m))
             continue
+        z_mV, targets_m1 = part_mV.float(), targets_m[:, None]
         p_mV = z_mV.softmax(1)
         # log Σ exp z by the likeliest word, whose probability cannot underflow: the softmax already holds the sum
         lse_m = z_mV.amax(1) - p_mV.amax(1).log()
@@ -96,8 +94,12 @@ def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> T
     return torch.cat(losses)
 
 
+def _losses(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
+    return functional.cross_entropy(logits_nV.float(), targets_n, reduction="none")
+
+
 def _fusible(logits_nV: Tensor, targets_n: Tensor) -> Tensor:
-    """The same in words of which the compiler makes one kernel: the rows read twice, and their gradients written once.
+    """Losses and gradients by a formula that a compiler makes one kernel of: each row is read twice, its gradient written once.
 
     A scatter would be a kernel of its own, with fp32 probabilities in memory before and after it.
     """

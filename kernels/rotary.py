@@ -39,6 +39,7 @@ from torch import Tensor
 
 from kernels.rotary_tiles import block_sums_kernel, finish_gradient_kernel, rotate_backward_kernel, rotate_kernel
 from kernels.support import interpreted
+from positional.base import operator
 
 BLOCK = 2048  # phases a program holds, tokens × pairs: about seven fp32 tiles of it must fit the registers of WARPS warps
 WARPS = 4
@@ -84,7 +85,7 @@ class _Rotate(torch.autograd.Function):
         return grad_3BHTD, grad_BHT if needs_f else None, None, None
 
 
-@torch.library.custom_op("carope::block_starts", mutates_args=())
+@operator
 def block_starts(f: Tensor, n_pairs: int) -> Tensor:
     """Phases at the start of each block, (B, H, N, F) int32 of which 2³² are a turn, from f (B, H, T)."""
     B, H, T = f.shape
@@ -102,7 +103,7 @@ def _(f: Tensor, n_pairs: int) -> Tensor:
     return f.new_empty((B, H, (T + block - 1) // block, n_pairs), dtype=torch.int32)
 
 
-@torch.library.custom_op("carope::rotate", mutates_args=())
+@operator
 def rotate(qkv: Tensor, f: Tensor, starts: Tensor, inclusive: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated, (B, H, T, D) laid out as (B, T, H, D), which attention then keeps: its output needs no transposition."""
     _, B, H, T, D = qkv.shape
@@ -119,7 +120,7 @@ def _(qkv: Tensor, f: Tensor, starts: Tensor, inclusive: bool) -> tuple[Tensor, 
     return _new_rows(qkv), _new_rows(qkv)
 
 
-@torch.library.custom_op("carope::rotate_backward", mutates_args=())
+@operator
 def rotate_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, f: Tensor, starts: Tensor, inclusive: bool, needs_f: bool
 ) -> tuple[Tensor, Tensor]:

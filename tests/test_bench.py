@@ -48,16 +48,8 @@ def last_line(done) -> dict:
 def test_training_beside_another_encoding_and_another_checkout(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/train_gpt2.py").write_text(PEER)
-    words = [
-        "--encodings",
-        "rope",
-        "carope",
-        "rope,rope_base=500",
-        "--vs",
-        tmp_path / "other",
-        "--profile",
-        tmp_path / "profile.txt",
-    ]
+    encodings = ["rope", "carope", "rope,rope_base=500"]
+    words = ["--encodings", *encodings, "--vs", tmp_path / "other", "--profile", tmp_path / "profile.txt"]
     out = tmp_path / "result.json"
     found = last_line(run_command("bench.py", "train", *TOY, *words, "--micro_steps=2", "--json", out))
     assert json.loads(out.read_text()) == found
@@ -66,7 +58,7 @@ def test_training_beside_another_encoding_and_another_checkout(tmp_path):
         "git", "command", "torch", "ms_p10", "ms_p90", "attention", "n_params", "data_wait_share", "first_step_seconds",
     }  # fmt: skip
     assert wanted <= set(found)
-    assert [one["candidate"] for one in found["results"]] == ["rope", "carope", "rope,rope_base=500"]
+    assert [one["candidate"] for one in found["results"]] == encodings
     assert [one["encoding"] for one in found["results"]] == ["rope", "carope", "rope"] and found["encoding"] == "rope"
     assert found["config"]["tokens_per_step"] == 2 * 4 * 32
     for one in found["results"]:
