@@ -18,6 +18,7 @@ from config import grad_accum
 from system.errors import UserError
 from system.files import sha256_file
 from text.shards import FileName, find_shards, open_shard, read_manifest
+from text.tokenizer import END_OF_TEXT
 
 VERIFY_TOKENS = 1 << 24  # looked through at a time
 
@@ -59,6 +60,12 @@ class TokenStream:
     def tokenizer(self) -> str:
         """Name of the tokenizer that made the shards; GPT-2's where no manifest says."""
         return self.manifest["tokenizer"] if self.manifest else "gpt2"
+
+    @property
+    def eot(self) -> int | None:
+        """Id of the token before every document; None where neither the tokenizer's name nor the manifest tells."""
+        eot = END_OF_TEXT.get(self.tokenizer, (self.manifest or {}).get("eot"))
+        return eot if isinstance(eot, int) else None
 
     def locate(self, start: int) -> str:
         """Where token `start` of the stream lies, in words: the shard and the token in it."""

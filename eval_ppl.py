@@ -9,6 +9,12 @@ Windows do not overlap: with length T, window w predicts tokens wT+1 … wT+T fr
 the window, the last window is what is left. So every token of the evaluation set but the first is predicted exactly
 once, whatever T is. Perplexity is exp of the mean of their negative log-likelihoods. With --stride S windows begin S tokens
 after each other and only the last S tokens of each count, of the first all: the same tokens, each with more before it.
+
+    python eval_ppl.py runs/small-carope runs/small-rope --lengths 512 2048 --documents 2048 --losses losses.npz
+
+With --documents N every document of at least N tokens is evaluated by itself: its windows begin with the end-of-text token
+that opens it, and no token is predicted from another document. Again all its tokens count, at every length. --losses keeps
+the loss of each document, with or without --documents (the format: evaluation/documents.py).
 """
 
 import argparse
@@ -29,8 +35,21 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--lengths", nargs="+", type=int, default=[512, 1024], metavar="T", help="window lengths, tokens [default: 512 1024]")
-    add("--max_tokens", "--max-tokens", type=int, default=0, help="evaluate the first so many tokens only [default: all]")
+    add(
+        "--max_tokens",
+        "--max-tokens",
+        type=int,
+        default=0,
+        help="evaluate the first so many tokens only, or documents with so many together [default: all]",
+    )
     add("--stride", type=int, default=0, metavar="S", help="tokens from one window to the next [default: its length]")
+    add(
+        "--documents",
+        type=int,
+        metavar="N",
+        help="evaluate documents of at least N tokens, each by itself [default: all in one]",
+    )
+    add("--losses", metavar="FILE.npz", help="also write the loss of every document, under all runs and lengths")
     add("--per_position", "--per-position", action="store_true", help="loss against position in the window, into the JSON too")
     add("--figure", metavar="FILE.png", help="draw it; implies --per_position")
     add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte of logits]")
@@ -62,26 +81,27 @@ if __name__ == "__main__":
     help_first(parse_args)
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import TokenStream
 from distributed import Distributed, local_and_eager, pick_dtype
-from evaluation.windows import Profile, Windows, losses
+from evaluation.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
+from evaluation.windows import Profile, Windows, counted, losses
 from model import GPT
 from positional.base import widest
 from positional.scaling import SCALINGS, rescale
 from system.errors import UserError, command
 from system.files import write_json
 from system.fsdp import is_sharded, uncompiled
-from training.checkpoint import load_model
+from training.checkpoint import MODEL, load_model
 from training.provenance import git_version
 from training.upload import tracked, upload
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean negative log-likelihood per token in nats, its standard error over windows, and the number of tokens."""
+    """Mean negative log-likelihood per token in nats, its standard error over windows or documents, and number of tokens."""
 
     nll: float
     nll_stderr: float
@@ -108,20 +128,23 @@ def evaluate(
     before_each: Callable[[], object] | None = None,
     stride: int = 0,
     profile: Profile | None = None,
+    by_document: LossSums | None = None,
 ) -> Evaluation:
     """Evaluate `net` in windows of `length`, `batch` windows at a time, sharded over ranks; every rank must call it.
 
     `max_tokens` limits the targets to the first so many; 0 is all of the stream. `before_each` is called before each batch,
     the same number of times on every rank; what it raises ends the evaluation. `stride` is that of the windows, 0 their length;
-    a `profile` takes in the loss against position.
+    a `profile` takes in the loss against position, `by_document` that of each document. Where documents are to be evaluated by
+    themselves it says which: `max_tokens` has limited them already, and the standard error is over them.
     """
     local, eager = local_and_eager(net)  # odd-shaped batches go to the eager model: compiling for them does not pay
-    n_tokens = min(len(stream) - 1, max_tokens or len(stream))
-    windows = Windows(n_tokens, length, stride or length)
-    n_windows = len(windows)
+    parts = by_document.documents.parts if by_document else None
+    limit = 0 if parts else max_tokens
+    windows = Windows(min(len(stream) - 1, limit or len(stream)), length, stride or length, parts)
+    places_3W = torch.from_numpy(windows.places_3W).to(dist.device)
     chunks = list(windows.chunks(batch))
     rounds = [chunks[i : i + dist.world_size] for i in range(0, len(chunks), dist.world_size)]
-    sums_W = torch.zeros(n_windows, dtype=widest(dist.device), device=dist.device)
+    sums_W = torch.zeros(len(windows), dtype=widest(dist.device), device=dist.device)
     training = eager.training
     eager.eval()
     try:
@@ -138,19 +161,33 @@ def evaluate(
                 regular = (count, width) == (batch, length)
                 with nullcontext() if regular else uncompiled(eager):
                     nll_BT = losses(local if regular else eager, x_BT, y_BT)
-                if not idle:
-                    sums_W[first : first + count] = windows.counted(nll_BT, first).sum(1)
-                if profile and not idle:
-                    profile.add(nll_BT)
+                if idle:
+                    continue
+                start_B, from_B, to_B = places_3W[:, first : first + count]
+                counted_BT = counted(nll_BT, from_B, to_B)
+                sums_W[first : first + count] = counted_BT.sum(1)
+                if by_document:
+                    by_document.add(counted_BT, start_B)
+                if profile:
+                    profile.add(nll_BT, to_B)
     finally:
         eager.train(training)
     dist.sum_(sums_W)
     if profile:
         dist.sum_(profile.moments_3K)
-    sizes_W = windows.sizes(dist.device)
-    nll = (sums_W.sum() / n_tokens).item()
-    spread = (sums_W - nll * sizes_W).square().sum().item()
-    stderr = math.sqrt(spread * n_windows / (n_windows - 1)) / n_tokens if n_windows > 1 else math.nan
+    if by_document:
+        dist.sum_(by_document.sums_D)
+    if by_document and parts:
+        return summarize(by_document.sums_D, by_document.tokens_D, int(parts[1].sum()))
+    return summarize(sums_W, windows.sizes(dist.device), windows.n_tokens)
+
+
+def summarize(sums_U: Tensor, sizes_U: Tensor, n_tokens: int) -> Evaluation:
+    """Mean and standard error from the sums over U windows or documents, of `sizes_U` tokens, `n_tokens` together."""
+    n_units = len(sums_U)
+    nll = (sums_U.sum() / n_tokens).item()
+    spread = (sums_U - nll * sizes_U).square().sum().item()
+    stderr = math.sqrt(spread * n_units / (n_units - 1)) / n_tokens if n_units > 1 else math.nan
     return Evaluation(nll, stderr, n_tokens)
 
 
@@ -167,11 +204,14 @@ def evaluate_run(
     scale: float | None = None,
     stride: int = 0,
     per_position: bool = False,
+    min_document_tokens: int | None = None,
+    keep: list[Losses] | None = None,
 ) -> list[dict[str, Any]]:
     """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions.
 
     What is not given is as the run had it (`data`, `dtype`) or fits into memory (`batch`). With `rope_scaling`, a name in
-    positional.scaling.SCALINGS, phases are scaled by `scale`.
+    positional.scaling.SCALINGS, phases are scaled by `scale`. With `min_document_tokens` documents of so many tokens are
+    evaluated, each by itself. `keep` gets the losses of all documents; those of other documents in it are refused.
     """
     model, state, folder = load_model(path)
     scale_phases(model, rope_scaling, scale)
@@ -180,26 +220,54 @@ def evaluate_run(
     stream = TokenStream(data or model.cfg.data, "val", model.cfg.vocab_size)
     if stream.tokenizer != state.tokenizer:
         raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state.tokenizer!r}")
-    results = []
-    for length in lengths:
-        result = {
+    per_document = min_document_tokens is not None or keep is not None
+    documents = find_documents(stream, max_tokens, min_document_tokens) if per_document or stream.eot is not None else None
+    results: list[dict[str, Any]] = [
+        {
             "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
-            "tokens": None, "nll": None, "perplexity": None, "stderr": None, "step": state.step,
-            "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(), "checkpoint": str(folder),
-            "max_tokens": max_tokens, "rope_scaling": rope_scaling, "scale": scale,
-            "stride": stride or length, "block_size": model.cfg.block_size,
-        }  # fmt: skip
+            "tokens": None, "nll": None, "perplexity": None, "stderr": None, "documents": None, "bytes": None,
+            "bits_per_byte": None, "step": state.step, "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(),
+            "checkpoint": str(folder), "max_tokens": max_tokens, "min_document_tokens": min_document_tokens,
+            "rope_scaling": rope_scaling, "scale": scale, "stride": stride or length, "block_size": model.cfg.block_size,
+        }
+        for length in lengths
+    ]  # fmt: skip
+    if documents and keep is not None:
+        keep.append(losses_to_come(results, documents, stream, state.sha256[MODEL], stride))
+        refuse_other_documents(keep[0], keep[-1])
+    for length, result in zip(lengths, results, strict=True):
         if model.max_len is None or length <= model.max_len:
             windows = batch or default_batch(length, model.cfg.vocab_size)
             profile = Profile(length, dist.device) if per_position else None
+            sums = LossSums(documents, dist.device) if documents and per_document else None
             found = evaluate(
-                model, stream, length, windows, dist, max_tokens, progress=dist.is_main, stride=stride, profile=profile
-            )
-            stderr = None if math.isnan(found.stderr) else found.stderr  # of a single window it is unknown
-            result |= {"tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": stderr}
-            result |= {"per_position": profile.summary()} if profile else {}
-        results.append(result)
+                model, stream, length, windows, dist, max_tokens, progress=dist.is_main, stride=stride, profile=profile,
+                by_document=sums,
+            )  # fmt: skip
+            result |= measured(found, documents) | ({"per_position": profile.summary()} if profile else {})
+            if sums and keep is not None:
+                keep[-1].put(length, sums.sums_D)
     return results
+
+
+def losses_to_come(
+    results: list[dict[str, Any]], documents: Documents, stream: TokenStream, weights: str, stride: int
+) -> Losses:
+    """Room for the losses of a run at the lengths of its `results`; `weights` is the sha256 of the run's."""
+    about = results[0] | {"weights": weights, "tokenizer": stream.tokenizer, "stride": stride or None}
+    about |= {key: [about[key]] for key in PER_RUN} | {"sha256": [record.sha256 for record in stream.records()]}
+    return Losses.of(about["run"], [r["length"] for r in results], documents, About(**about))
+
+
+def measured(found: Evaluation, documents: Documents | None) -> dict[str, Any]:
+    """The measured part of a result; null for what is not known."""
+    stderr = None if math.isnan(found.stderr) else found.stderr  # of a single window it is unknown
+    n_bytes = documents.n_bytes if documents else None
+    return {
+        "tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": stderr,
+        "documents": len(documents) if documents else None, "bytes": n_bytes,
+        "bits_per_byte": found.nll / math.log(2) * found.tokens / n_bytes if n_bytes else None,
+    }  # fmt: skip
 
 
 def scale_phases(model: GPT, rope_scaling: str | None, scale: float | None) -> None:
@@ -239,46 +307,73 @@ def render(results: list[dict[str, Any]]) -> str:
     )
 
 
-@command
-def main() -> None:
-    """Evaluate the runs of the command line, print the table, write the JSON."""
-    args = parse_args()
+def closing(results: list[dict[str, Any]], documents: int | None, device: str) -> str:
+    """The line below the table: what its numbers are."""
+    tokens = max((r["tokens"] or 0 for r in results), default=0)
+    units = "windows" if documents is None else f"documents of at least {documents:,} tokens"
+    ratios = {r["tokens"] / r["bytes"] for r in results if r["bytes"]}
+    bits = f", bits per byte = {ratios.pop():.4f} log2(perplexity)" if len(ratios) == 1 else ""  # of one text only
+    return f"perplexity ± standard error over {units}, {tokens:,} tokens{bits}, {results[0]['dtype']} on {device}"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for values that cannot be, and for files that could not be written in the end."""
     for flag, smallest, values in (
         ("lengths", 1, args.lengths),
         ("max_tokens", 0, [args.max_tokens]),
         ("batch", 0, [args.batch]),
         ("stride", 0, [args.stride]),
+        ("documents", 1, [1 if args.documents is None else args.documents]),
     ):
         if min(values) < smallest:
             raise UserError(f"--{flag} = {min(values)}: must be at least {smallest}")
     if args.stride > min(args.lengths):
         shortest = f"the shortest of --lengths = {min(args.lengths)}"
         raise UserError(f"--stride = {args.stride}: tokens between windows would not count; must be at most {shortest}")
-    for path in filter(None, (args.json, args.figure)):
+    for path in filter(None, (args.json, args.figure, args.losses)):
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: its folder is not there; make it first")
+
+
+@command
+def main() -> None:
+    """Evaluate the runs of the command line, print the table, write the files."""
+    args = parse_args()
+    check(args)
     for path in args.runs if args.wandb else []:
         tracked(path)
     with Distributed.start(args.device, args.dtype or "auto") as dist:
         results: list[dict[str, Any]] = []
+        kept: list[Losses] = []
         for path in args.runs:
             options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
             options |= {"rope_scaling": args.rope_scaling, "scale": args.scale}
             options |= {"stride": args.stride, "per_position": args.per_position or bool(args.figure)}
+            options |= {"min_document_tokens": args.documents, "keep": kept if args.losses else None}
             results += evaluate_run(path, args.lengths, dist, **options)
-            if dist.is_main and args.json:  # after each run: what is evaluated is kept, whatever happens to the next
-                write_json(Path(args.json), results)
+            losses_of_all = merge(kept) if args.losses else None
+            if dist.is_main:  # after each run: what is evaluated is kept, whatever happens to the next
+                write(results, losses_of_all, args)
         if dist.is_main and args.figure:
             from evaluation.figures import draw_profiles
 
             draw_profiles(results, Path(args.figure))
         if dist.is_main:
             print(render(results))
-            tokens = max((r["tokens"] or 0 for r in results), default=0)
-            print(f"perplexity ± standard error over windows, {tokens:,} tokens, {results[0]['dtype']} on {dist.device.type}")
+            print(closing(results, args.documents, dist.device.type))
         with dist.together():  # last: whatever happens to it, the results are there
             for i, path in enumerate(args.runs if args.wandb and dist.is_main else []):
                 upload(path, results[i * len(args.lengths) :][: len(args.lengths)])
+
+
+def write(results: list[dict[str, Any]], losses_of_all: Losses | None, args: argparse.Namespace) -> None:
+    """Write the files that are asked for; the results get to know the one of the losses."""
+    if losses_of_all:
+        sha256 = losses_of_all.save(Path(args.losses))
+        for result in results:
+            result["losses"] = {"file": args.losses, "sha256": sha256}
+    if args.json:
+        write_json(Path(args.json), results)
 
 
 if __name__ == "__main__":

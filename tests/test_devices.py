@@ -52,7 +52,7 @@ def test_training_decoding_and_evaluation_need_no_float64_and_agree_with_it(enco
     with NoFloat64():
         with torch.no_grad():
             found = losses(model, tokens(n + 1)[:, :-1], tokens(n + 1)[:, 1:])
-            Profile(n, torch.device("cpu")).add(found)
+            Profile(n, torch.device("cpu")).add(found, torch.full((len(found),), n))
             full, cache = model(idx[:, :T]), KVCache()
             pieces = [model(idx[:, i : i + 4], cache=cache) for i in range(0, T, 4)]
         model(idx[:, :-1], idx[:, 1:]).backward()

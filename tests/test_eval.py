@@ -210,6 +210,9 @@ def test_the_standard_error_of_one_window_is_unknown(runs):
         (["{run}", "--stride", "20", "--lengths", "16", "32"], "at most the shortest of --lengths = 16"),
         (["{run}", "--figure", "nowhere/a.png"], "nowhere/a.png: its folder is not there"),
         (["{run}", "--data", "nowhere"], "nowhere: no such data folder"),
+        (["{run}", "--losses", "nowhere/a.npz"], "nowhere/a.npz: its folder is not there"),
+        (["{run}", "--documents", "0"], "--documents = 0: must be at least 1"),
+        (["{run}", "--documents", "30000"], "--documents = 30000: the longest of the 9 documents in"),
     ],
 )
 def test_refusals(runs, corpus, words, message):

@@ -217,6 +217,7 @@ def test_what_is_not_a_plain_perplexity_has_another_name():
     assert summary_key(plain) == "perplexity/512"
     assert summary_key(plain | {"rope_scaling": "yarn", "scale": 4.0}) == "perplexity/512/yarn4"
     assert summary_key(plain | {"stride": 256}) == "perplexity/512/stride256"
+    assert summary_key(plain | {"min_document_tokens": 256}) == "perplexity/512/documents256"
 
 
 def test_an_unusable_setting_in_the_environment_is_one_line(small):

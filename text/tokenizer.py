@@ -107,6 +107,9 @@ def repair_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+END_OF_TEXT = {Bytes.name: Bytes.eot, GPT2.name: GPT2.eot}
+
+
 @functools.cache
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`, one of TOKENIZERS. Raises UserError for another name or a missing vocabulary."""
@@ -115,6 +118,18 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "gpt2":
         return GPT2()
     raise UserError(f"tokenizer {name!r} is unknown; there are {', '.join(TOKENIZERS)}")
+
+
+@functools.cache
+def byte_lengths(name: str) -> np.ndarray | None:
+    """UTF-8 bytes of the text of each id, (n_vocab,) int64, of `eot` none; None where the tokenizer cannot be had."""
+    try:
+        tokenizer = load_tokenizer(name)
+    except (UserError, ImportError):
+        return None
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
+    lengths[tokenizer.eot] = 0
+    return lengths
 
 
 def _gpt2_encoding():  # -> tiktoken.Encoding
