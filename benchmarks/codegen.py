@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,13 @@ def main() -> None:
 
 def micro_step(cfg: Config) -> tuple[list[dict[str, Any]], int]:
     """The kernels of a forward and a backward pass, {part, name, bytes, flops} each, and the model's number of parameters."""
+    kernels: list[dict[str, Any]] = []
+    model = write_code(cfg, lambda graph, _code: kernels.extend(kernels_of(graph)))
+    return kernels, model.n_params()["total"]
+
+
+def write_code(cfg: Config, take: Callable[[Any, str], None], bf16: bool = True) -> Any:
+    """Call `take` with the graph of the forward pass and with that of the backward pass, and the code of each; → the model."""
     import torch
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -77,33 +85,37 @@ def micro_step(cfg: Config) -> tuple[list[dict[str, Any]], int]:
 
     from model import GPT
 
-    kernels: list[dict[str, Any]] = []
-
-    def take(graph: Any) -> Any:
+    def instead(graph: Any) -> Any:
         """In place of compiling what was written and loading it."""
-        graph.codegen()
-        kernels.extend(kernels_of(graph))
+        take(graph, graph.codegen()[0].value)
         graph.cache_key = graph.cache_path = ""
         graph.cache_linemap = []
         return SimpleNamespace(call=lambda inputs: None, __file__="", recursively_apply_fns=None, runner=None, key="", path="")
 
     for name in ("compile_to_module", "_compile_to_module"):
-        setattr(GraphLowering, name, take)
+        setattr(GraphLowering, name, instead)
     torch.compiler.reset()
     model = GPT(cfg)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        inductor.patch(force_disable_caches=True),
+        inductor.patch({"force_disable_caches": True, "triton.unique_kernel_names": False}),
         functorch.patch(force_non_lazy_backward_lowering=True),
-        torch.autocast("cuda", torch.bfloat16),
+        torch.autocast("cuda", torch.bfloat16, enabled=bf16),
     ):
-        for module in model.modules():
-            for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"))
+        move(model)
         ids = torch.empty((cfg.micro_batch, cfg.block_size), dtype=torch.int64, device="cuda")
         torch.compile(model, dynamic=False, fullgraph=True)(ids, ids)
-    return kernels, model.n_params()["total"]
+    return model
+
+
+def move(model: Any) -> None:
+    """Give `model` parameters on the GPU, of which there are but shapes: `to` would have values to copy."""
+    import torch
+
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"))
 
 
 def kernels_of(graph: Any) -> list[dict[str, Any]]:

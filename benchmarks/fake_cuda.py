@@ -67,6 +67,7 @@ def pretend() -> None:
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import config as inductor
     from torch._inductor.fx_passes import joint_graph
+    from torch._inductor.runtime import triton_helpers
     from torch.utils import _triton
 
     torch.version.cuda = "13.0"
@@ -88,6 +89,8 @@ def pretend() -> None:
         for name, answer in names.items():
             function = lambda *_args, answer=answer, **_words: answer  # noqa: E731
             setattr(owner, name, staticmethod(function) if isinstance(owner, type) else function)
+    triton_helpers.set_driver_to_gpu = lambda: None
+    inductor.use_static_triton_launcher = False
     inductor.joint_graph_constant_folding = False
     inductor.compile_threads = 1
     torch.nn.functional.scaled_dot_product_attention = attention_of_shapes()
@@ -131,22 +134,36 @@ def attention_of_shapes() -> Any:
         return u.new_empty(B, T, H, D).transpose(1, 2)
 
     @torch.library.custom_op("fake::attention", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return like(q)
 
     @torch.library.custom_op("fake::attention_backward", mutates_args=())
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return like(q), like(k), like(v)
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, mask: Tensor | None) -> list[Tensor]:
+        return [like(q), like(k), like(v), *([] if mask is None else [torch.empty_like(mask)])]
 
-    forward.register_fake(lambda q, k, v: like(q))
-    backward.register_fake(lambda grad, q, k, v, y: (like(q), like(k), like(v)))
-    forward.register_autograd(
-        lambda ctx, grad: backward(grad, *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+    def leave(ctx: Any, inputs: Any, output: Tensor) -> None:
+        q, k, v, mask = inputs
+        ctx.save_for_backward(q, k, v, output, mask)
+
+    def back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [*backward(grad, *ctx.saved_tensors)]
+        return *found[:3], found[3] if ctx.needs_input_grad[3] else None
+
+    forward.register_fake(lambda q, k, v, mask: like(q))
+    backward.register_fake(
+        lambda grad, q, k, v, y, mask: [like(q), like(k), like(v), *([] if mask is None else [torch.empty_like(mask)])]
     )
+    forward.register_autograd(back, setup_context=leave)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, **_options: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-        return forward(q.to(dtype), k.to(dtype), v.to(dtype))
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_options: Any) -> Tensor:
+        kind, (B, H, T, _), S = q.device.type, q.shape, k.size(2)
+        if torch.is_autocast_enabled(kind):
+            q, k, v = (u.to(torch.get_autocast_dtype(kind)) for u in (q, k, v))
+        given = [u for u in (q, k, v, attn_mask) if u is not None]
+        assert all(u.device == q.device for u in given) and k.dtype == v.dtype == q.dtype
+        if attn_mask is not None:
+            assert attn_mask.dtype in (torch.bool, q.dtype)
+            assert torch.broadcast_shapes(attn_mask.shape, (B, H, T, S)) == (B, H, T, S)
+        return forward(q, k, v, attn_mask)
 
     return attention

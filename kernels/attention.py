@@ -9,12 +9,13 @@ Shapes: N batch times heads, T positions, S keys, D head width, t queries of a b
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.key_bias import with_gradient
 from kernels.native import LANES, native
@@ -36,7 +37,18 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | Non
     if c_BHS is not None:
         return _with_columns(q_BHTD, k_BHSD, v_BHSD, c_BHS)
     causal = mask is None and q_BHTD.size(2) > 1
-    return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
+    with nullcontext() if mask is None else of_any_length(q_BHTD):  # blocks have a mask, and each a length of its own
+        return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
+
+
+def of_any_length(q_BHTD: Tensor) -> AbstractContextManager:
+    """On a GPU, attention without cuDNN, torch's first choice on an H100: it compiles a plan for every length that it meets.
+
+    For calls that seldom have the lengths of the one before: a text that grows by a token would take a thousand plans.
+    """
+    if not q_BHTD.is_cuda or torch.compiler.is_compiling():  # what is compiled keeps its lengths
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _is_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.attention import of_any_length
 from kernels.bias import Attend, reads_keys_coords
 from positional import PositionalEncoding
 from positional.base import widest
@@ -31,7 +32,8 @@ class KVCache:
     def attend(self, layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, attend: Attend) -> Tensor:
         """Append this layer's new keys and values; returns what the new queries find in all of them, (B, H, T, D)."""
         k_BHSD, v_BHSD = self.extend(layer, k_BHTD, v_BHTD)
-        with torch.autocast(q_BHTD.device.type, enabled=False):  # it would make a bf16 copy of all that is held
+        # Autocast would make a bf16 copy of all that is held
+        with torch.autocast(q_BHTD.device.type, enabled=False), of_any_length(q_BHTD):
             return attend(q_BHTD.to(k_BHSD.dtype), k_BHSD, v_BHSD).to(q_BHTD.dtype)
 
     def extend(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""benchmarks.codegen: what it counts is what the shapes say, and what a GPU would run stays as cheap as it is."""
+"""Code for an H100 that is not there: what benchmarks.codegen counts, and what of a GPU's work can be seen without one."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import run_command
+
+from positional import ENCODINGS
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,3 +41,36 @@ def test_rotation_moves_q_k_and_their_gradients_and_nothing_else(counted):
     """Forward q and k in and out; backward their gradients in and out and v's copied beside them; with some slack."""
     unit = 2 * TOKENS * C / 1e9  # q of one layer, in bf16
     assert 10 * 2 * unit <= counted("rope")["parts"]["positions"]["gb"] < 11.2 * 2 * unit
+
+
+def fake_gpu(*words: str) -> dict[str, list[str]]:
+    done = run_command("-m", "tests.fake_gpu", *words, timeout=1500, env={"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def stepped() -> dict[str, list[str]]:
+    return fake_gpu("eager", *ENCODINGS)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_on_a_gpu_nothing_is_made_on_the_cpu_and_decoding_keeps_off_cudnn(stepped, encoding):
+    assert not stepped[encoding]
+
+
+# Of encodings that compute alike, one
+COMPILED = [
+    "rope", "rope,kernel=triton", "xpos", "partial_rope", "comrope", "carope", "carope_hidden,kernel=triton", "seqpe", "t5",
+    "fire", "cable", "cope", "urpe", "path",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[str]]:
+    return fake_gpu("bfloat16", *COMPILED)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_micro_step_compiles_for_an_h100_and_its_kernels_fit_into_registers(compiled, name):
+    assert not compiled[name]
