@@ -4,7 +4,6 @@
     python bench.py train config/small.toml --synthetic --vs ../nanoGPT
     python bench.py decode config/small.toml
     torchrun --standalone --nproc_per_node=2 bench.py overlap config/demo.toml --micro_batch=16
-    python bench.py all --tiny --json results/bench.json
 
 `bench.py COMMAND --help` says what each measures. The last line printed is one JSON object.
 """
@@ -24,7 +23,7 @@ from system.console import CommandLine
 from system.errors import command
 from system.files import write_json
 
-COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "startup", "scaling", "overlap", "all")
+COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "startup", "scaling", "overlap")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -79,12 +78,18 @@ def gpu_state() -> list[str] | None:
 def main() -> None:
     """Run the benchmark the command line names; the last line is its result. Under torchrun rank 0 prints it."""
     args, rest = parse_args(sys.argv[1:])
-    result = conditions() | args.module.run(args, rest)
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if args.json:
-        write_json(Path(args.json), result)
-    print(json.dumps(result))
+    beside = conditions()
+    is_main = os.environ.get("RANK", "0") == "0"
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.json and is_main:
+            write_json(Path(args.json), beside | result)
+
+    args.keep = keep  # for results that are not complete yet
+    result = args.module.run(args, rest)
+    keep(result)
+    if is_main:
+        print(json.dumps(beside | result))
 
 
 if __name__ == "__main__":

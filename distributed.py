@@ -202,22 +202,27 @@ class Distributed:
         self.any(False)
 
     def peak_memory(self) -> int:
-        """Most bytes held so far: of device memory on a GPU (Apple's: held now), of resident memory on a CPU (Windows: 0)."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if self.device.type == "mps":
-            return torch.mps.driver_allocated_memory()  # which the allocator keeps for itself
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        """Most bytes that this process held so far, as `peak_memory` counts them."""
+        return peak_memory(self.device)
 
     def peak_flops(self) -> float | None:
         """Dense FLOP/s of this device in `dtype` by its data sheet; None where it is not known."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
         return peak_flops(torch.cuda.get_device_name(self.device))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of device memory on a GPU (Apple's: held now), of resident memory on a CPU (Windows: 0)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # which the allocator keeps for itself
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_flops(device_name: str) -> float | None:

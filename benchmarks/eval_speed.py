@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     from distributed import Distributed
 
     cfg = bench_config(rest, args.micro_steps)
-    with Distributed.start(cfg.device, cfg.dtype) as dist, bench_data(cfg, args.synthetic) as cfg:
+    with Distributed.start(cfg.device, cfg.dtype) as dist, bench_data([cfg], args.synthetic) as (cfg,):
         trainee = Trainee(cfg, dist)
         mm, mm_flops = matmul(dist.device, dist.dtype)
         work = {"matmul": mm, "train": trainee.whole, "eval": trainee.evaluate}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distributed import peak_memory
 from system.errors import UserError
 
 Work = Callable[[], object]
@@ -27,20 +28,35 @@ def interleave(
     In every round each candidate runs once, in an order drawn anew: what runs before, a large matmul say, leaves cold caches.
     Raises UserError for fewer than one round.
     """
-    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise UserError(f"--{name} = {value}: must be at least {least}")
+    least({"--rounds": rounds})
+    least({"--warmup": warmup}, 0)
     device, names, order = device or torch.device("cpu"), list(candidates), random.Random(1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
-        for name in order.sample(names, len(names)):
-            synchronize(device)
-            begin = time.perf_counter()
-            candidates[name]()
-            synchronize(device)
+        for name, took in timed(candidates, order.sample(names, len(names)), device).items():
             if number >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(took)
     return seconds
+
+
+def timed(work: Mapping[str, Work], order: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Seconds that each of `work` takes, one after the other in the `order` given."""
+    seconds = {}
+    for name in order:
+        synchronize(device)
+        begin = time.perf_counter()
+        work[name]()
+        synchronize(device)
+        seconds[name] = time.perf_counter() - begin
+    return seconds
+
+
+def release(device: torch.device) -> dict[str, int]:
+    """Give a GPU's memory that holds no tensor back, for another process; returns the most that this one held so far."""
+    peak = peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"peak_memory_bytes": peak}
 
 
 def spread(seconds: Sequence[float], tokens: int) -> dict[str, Any]:
@@ -66,3 +82,10 @@ def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Work, int]:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     return lambda: torch.mm(a, b, out=out), 2 * size**3
+
+
+def least(values: Mapping[str, float], smallest: float = 1) -> None:
+    """Raise UserError for the first option of `values` that is below `smallest`."""
+    for name, value in values.items():
+        if not value >= smallest:
+            raise UserError(f"{name} = {value}: must be at least {smallest}")

@@ -7,8 +7,6 @@ would start a training run, is not executed.
 import ast
 import inspect
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,12 +14,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import release, synchronize, timed
+from benchmarks.turns import Candidate, own_stdout, serve
 from config import Config
 from system.errors import UserError
+from system.watchdog import follow_parent
 
 FILES = ("model.py", "train_gpt2.py")
-OURS = {"GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"}  # what host.py sets
-READY = "ready for a step\n"
+OURS = ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")  # what host.py sets
 
 
 def load_definitions(path: Path) -> types.ModuleType:
@@ -44,44 +44,24 @@ def load_definitions(path: Path) -> types.ModuleType:
     return module
 
 
-class Peer:
-    """A peer in a process of its own, which has its training script's settings of memory and threads and none of ours.
+def peer(word: str, cfg: Config, device: torch.device, tuned: bool) -> Candidate:
+    """The peer in the folder that `word` begins with. It has its training script's settings of memory and threads.
 
     As shipped it computes on a CPU in fp32, not compiled, and on a GPU in bf16, compiled; `tuned` does the latter everywhere.
+    Raises UserError.
     """
-
-    def __init__(self, path: Path, cfg: Config, device: str, tuned: bool) -> None:
-        self.name = f"{path.resolve().name}, {'tuned' if tuned else 'as shipped'}"
-        load_definitions(path)  # what is wrong with it is said here
-        job = {"path": str(path), "device": device, "fast": tuned or device != "cpu", "shape": cfg.model_dump()}
-        env = {key: value for key, value in os.environ.items() if key not in OURS}
-        command = [sys.executable, "-m", "benchmarks.peers", json.dumps(job)]
-        root = Path(__file__).parent.parent
-        self.process = subprocess.Popen(
-            command, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-        self._answer()
-
-    def step(self) -> None:
-        """One step of as many tokens as ours, with clipping, as the peer's training script takes it."""
-        print("step", file=self.process.stdin, flush=True)
-        self._answer()
-
-    def _answer(self) -> None:
-        for line in self.process.stdout or ():
-            if line == READY:
-                return
-        raise UserError(f"--vs: {self.name} ended with exit code {self.process.wait()}; its message stands above")
-
-    def close(self) -> None:
-        """End its process."""
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.process.wait()
+    folder, *options = word.split(",")
+    path = Path(folder).resolve()
+    load_definitions(Path(folder))  # what is wrong with it is said here
+    job = {"path": str(path), "device": str(device), "fast": tuned or device.type != "cpu", "shape": cfg.model_dump()}
+    name = f"{','.join([path.name, *options])}, {'tuned' if tuned else 'as shipped'}"
+    return Candidate(name, "benchmarks.peers", job, without=OURS)
 
 
-def serve(job: dict[str, Any]) -> None:
-    """Take a step of the peer's model for each line that comes, and say when it is done."""
+def main() -> None:
+    """Take a step of the peer's model for each line that comes: with clipping, as the peer's training script takes it."""
+    answers, job = own_stdout(), json.loads(sys.argv[1])
+    follow_parent()
     definitions, shape, device = load_definitions(Path(job["path"])), job["shape"], torch.device(job["device"])
     known = inspect.signature(definitions.GPTConfig).parameters
     arguments = {**shape, "dropout": 0.0, "bias": True}
@@ -96,19 +76,30 @@ def serve(job: dict[str, Any]) -> None:
     n_micro = shape["tokens_per_step"] // x_BT.numel()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    print(READY, end="", flush=True)
-    for _ in sys.stdin:
+
+    def micro_step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job["fast"]):
+            _, loss = net(x_BT, y_BT)
+        (loss / n_micro).backward()
+
+    def step() -> None:
         for _ in range(n_micro):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job["fast"]):
-                _, loss = net(x_BT, y_BT)
-            (loss / n_micro).backward()
+            micro_step()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        print(READY, end="", flush=True)
+
+    def turn(_question: str) -> dict[str, Any]:
+        if device.type == "cuda":  # the memory that was released comes back outside of the time
+            micro_step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = timed({"step": step}, ["step"], device)
+        return {"seconds": seconds} | release(device)
+
+    step()
+    synchronize(device)
+    serve(answers, release(device), turn)
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    main()

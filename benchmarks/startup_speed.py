@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     cfg = bench_config(rest, 1)
     seconds: dict[str, list[float]] = {name: [] for name in ("first step", *SCRIPTS)}
-    with bench_data(cfg, True) as cfg:
+    with bench_data([cfg], True) as (cfg,):
         for _ in range(args.rounds):
             words = [*rest, f"--data={cfg.data}", f"--tokens_per_step={cfg.tokens_per_step}", f"--eval_tokens={cfg.block_size}"]
             seconds["first step"].append(until_first_step(words))

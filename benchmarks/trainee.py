@@ -1,24 +1,34 @@
 """A model in training, as train.py trains it, whose steps are taken one at a time to be timed."""
 
+import json
 import os
+import random
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import system.host  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import matmul, release, synchronize, timed
+from benchmarks.turns import Candidate, own_stdout, serve
 from config import Config, load_config
 from data import Batches, TokenStream
 from distributed import Distributed
 from eval_ppl import evaluate
 from kernels.attention import chosen
 from model import GPT
+from system.console import QUIET
 from text.shards import write_shard
 from training.guard import Guard
 from training.optim import make_optimizer
@@ -69,13 +79,16 @@ class Trainee:
 
     def bare(self) -> None:
         """Forward, backward, optimizer; nothing else."""
-        for micro in range(self.batches.grad_accum):
-            with self.dist.sync_if(self.net, micro == self.batches.grad_accum - 1):
-                with self.dist.autocast():
-                    loss = self.net(*self._batch) / self.batches.grad_accum
-                loss.backward()
+        for _ in range(self.batches.grad_accum):
+            self.micro_step()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def micro_step(self) -> None:
+        """Forward and backward on the one batch."""
+        with self.dist.autocast():
+            loss = self.net(*self._batch) / self.batches.grad_accum
+        loss.backward()
 
     def evaluate(self) -> None:
         """As many tokens of the validation data as a step has of the training data."""
@@ -96,30 +109,83 @@ class Trainee:
             "candidate": self.name,
             "n_params": self.model.n_params(),
             "flops_per_token": cfg.flops_per_token,
+            "dtype": str(dist.dtype).removeprefix("torch."),
+            "compiled": dist.compiles(cfg),
             "attention": chosen(q_BHTD),
             "peak_memory_bytes": dist.peak_memory(),
         }
 
+    def profile(self, path: Path) -> None:
+        """Write a table of what three steps spend their time on, by operation and shape."""
+        on_gpu = self.dist.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU], record_shapes=True) as seen:
+            for _ in range(3):
+                self.whole()
+        events = seen.key_averages(group_by_input_shape=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        path.write_text(events.table(sort_by=key, row_limit=40, max_name_column_width=50, max_shapes_column_width=60))
 
-def bench_config(words: list[str], micro_steps: int, candidate: str | None = None, data: str | None = None) -> Config:
+
+def trainee(name: str, cfg: Config, bare: bool) -> Candidate:
+    """A trainee in a process of its own, whose turn is a `whole` step, a `bare` one where asked for, and a matmul."""
+    return Candidate(name, "benchmarks.trainee", {"name": name, "config": cfg.model_dump(), "bare": bare})
+
+
+def main() -> None:
+    """Be what `trainee` starts."""
+    answers, job = own_stdout(), json.loads(sys.argv[1])
+    os.environ[QUIET] = "1"
+    cfg, begin = Config(**job["config"]), time.perf_counter()
+    with Distributed.start(cfg.device, cfg.dtype) as dist, closing(Trainee(cfg, dist, job["name"])) as one:
+        one.whole()
+        synchronize(dist.device)
+        about = one.describe() | {"first_step_seconds": round(time.perf_counter() - begin, 2)}
+        mm, mm_flops = matmul(dist.device, dist.dtype)
+        work = {"step": one.whole, "matmul": mm} | ({"bare": one.bare} if job["bare"] else {})
+        order = random.Random(1)
+
+        def turn() -> dict[str, Any]:
+            if dist.device.type == "cuda":  # the memory that was released comes back outside of the time
+                one.micro_step()
+                one.optimizer.zero_grad(set_to_none=True)
+            one.batches.waited = 0.0
+            seconds = timed(work, order.sample(list(work), len(work)), dist.device)
+            return {"seconds": seconds | {"waiting": one.batches.waited}} | release(dist.device)
+
+        def answer(question: str) -> dict[str, Any]:
+            if question == "turn":
+                return turn()
+            one.profile(Path(question.removeprefix("profile ")))
+            return {}
+
+        release(dist.device)
+        serve(answers, about | {"matmul_flops": mm_flops, "peak_flops": dist.peak_flops()}, answer)
+
+
+def bench_config(words: list[str], micro_steps: int, candidate: str = "") -> Config:
     """The configuration of `words`, whose step is `micro_steps` micro-batches on each device.
 
-    A `candidate` is an encoding, or an encoding and options: rope,kernel=triton.
+    A `candidate` is an encoding with options and files on top of `words`: rope,kernel=triton or rope,config/tiny.toml.
     """
-    encoding, *options = candidate.split(",") if candidate else [""]
-    extra = [f"--encoding={encoding}", *(f"--{option}" for option in options)] if candidate else []
-    cfg = load_config([*words, *extra, *([f"--data={data}"] if data else [])])
+    encoding, *more = candidate.split(",")
+    options = [*([f"--encoding={encoding}"] if encoding else []), *(f"--{one}" for one in more if not one.endswith(".toml"))]
+    cfg = load_config([*words, *(one for one in more if one.endswith(".toml")), *options])
     tokens = micro_steps * cfg.micro_batch * cfg.block_size * int(os.environ.get("WORLD_SIZE", "1"))
     return cfg.model_copy(update={"tokens_per_step": tokens})
 
 
 @contextmanager
-def bench_data(cfg: Config, synthetic: bool) -> Iterator[Config]:
-    """`cfg`, with random tokens for its data where `synthetic`; they are deleted at the end."""
+def bench_data(cfgs: Sequence[Config], synthetic: bool) -> Iterator[list[Config]]:
+    """`cfgs`, with random tokens for their data where `synthetic`; they are deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         if synthetic:
-            rng, n = np.random.default_rng(1), max(1 << 20, 2 * cfg.tokens_per_step)
+            n, ids = max(1 << 20, *(2 * cfg.tokens_per_step for cfg in cfgs)), min(50257, *(cfg.vocab_size for cfg in cfgs))
+            rng = np.random.default_rng(1)
             for name in ("val_000000.bin", "train_000001.bin"):
-                write_shard(Path(folder) / name, rng.integers(0, min(50257, cfg.vocab_size), n, dtype=np.uint16))
-            cfg = cfg.model_copy(update={"data": folder})
-        yield cfg
+                write_shard(Path(folder) / name, rng.integers(0, ids, n, dtype=np.uint16))
+        yield [cfg.model_copy(update={"data": folder}) if synthetic else cfg for cfg in cfgs]
+
+
+if __name__ == "__main__":
+    main()

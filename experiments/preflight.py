@@ -151,7 +151,7 @@ def try_run(entry: Entry, dist: Distributed, synthetic: bool, folder: Path | Non
         "synthetic": synthetic,
     }
     try:
-        with bench_data(bench_config([*entry.words], found["micro_steps"]), synthetic) as cfg:
+        with bench_data([bench_config([*entry.words], found["micro_steps"])], synthetic) as (cfg,):
             found |= take_steps(cfg, dist, STEPS, folder)
         found["hours"] = entry.tokens_left / found["tokens_per_second"] / 3600
         say(dist, row(found))
