@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--losses", metavar="FILE.npz", help="also write the loss of every document, under all runs and lengths")
     add("--per_position", "--per-position", action="store_true", help="loss against position in the window, into the JSON too")
     add("--figure", metavar="FILE.png", help="draw it; implies --per_position")
-    add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte of logits]")
+    add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte]")
     add("--data", help="folder of token shards [default: the one the run was trained on]")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
     add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained with]")
@@ -84,6 +84,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Config
 from data import TokenStream
 from distributed import Distributed, local_and_eager, pick_dtype
 from evaluation.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
@@ -237,7 +238,7 @@ def evaluate_run(
         refuse_other_documents(keep[0], keep[-1])
     for length, result in zip(lengths, results, strict=True):
         if model.max_len is None or length <= model.max_len:
-            windows = batch or default_batch(length, model.cfg.vocab_size)
+            windows = batch or default_batch(length, model.cfg)
             profile = Profile(length, dist.device) if per_position else None
             sums = LossSums(documents, dist.device) if documents and per_document else None
             found = evaluate(
@@ -284,9 +285,9 @@ def scale_phases(model: GPT, rope_scaling: str | None, scale: float | None) -> N
             raise UserError(f"--{error}") from None
 
 
-def default_batch(length: int, vocab_size: int) -> int:
-    """Windows per forward pass that keep the fp32 logits near a gigabyte."""
-    return max(1, 2**28 // (length * vocab_size))
+def default_batch(length: int, cfg: Config) -> int:
+    """Windows per forward pass that keep the fp32 logits, or with few ids what a block makes of them, near a gigabyte."""
+    return max(1, 2**28 // (length * max(cfg.vocab_size, 16 * cfg.n_embd)))
 
 
 def render(results: list[dict[str, Any]]) -> str:

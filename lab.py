@@ -5,19 +5,22 @@
     python lab.py config/tiny.toml --encodings rope carope --lengths 512 1024 2048 --minutes 9 --steps=400
 
 A run is the base configuration under config/ENCODING.toml with a seed; any --key=value goes to every run. Started again, by
-hand or after --minutes, it goes on where it was. The seed decides the initial weights; all runs read the same tokens in the
-same order, so differences to the baseline (the first encoding) are taken seed by seed. Writes lab.json, lab.md and lab.png.
+hand or after --minutes, it goes on where it was: with the run folders that are there, and with the results in the JSON it
+writes, wherever their runs are now. The seed decides the initial weights; all runs read the same tokens in the same order,
+so differences to the baseline (the first encoding) are taken seed by seed. Writes lab.json, lab.md and lab.png, and with
+--documents the loss of each document, lab.npz (evaluation/documents.py).
 """
 
 import argparse
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
 from experiments.jobs import Job, run_all
-from experiments.lab_report import collect, draw, render
+from experiments.lab_report import collect, draw, read_report, refuse_other, render
 from experiments.plan import Entry, find, read_results, refuse_conflicts, show_plan
 from system.console import CommandLine, quiet, remark
 from system.errors import EXIT_REQUEUE, UserError, command
@@ -29,6 +32,9 @@ DEFAULT = [
 ]  # fmt: skip
 
 
+LOSSES = "losses.npz"  # in a run's folder
+
+
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
     parser = CommandLine(__doc__)
@@ -38,13 +44,21 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="[default: 1 2 3]")
     add("--lengths", nargs="+", type=int, metavar="T", help="evaluation lengths [default: 1, 2, 4 and 8 training lengths]")
     add("--max_tokens", "--max-tokens", type=int, default=65_536, help="tokens of an evaluation, 0 is all [default: 65,536]")
+    add(
+        "--documents",
+        type=int,
+        default=0,
+        metavar="N",
+        help="evaluate documents of at least N tokens, each by itself [default: 0, no]",
+    )
     add("--jobs", type=int, default=1, help="runs at a time; on a CPU they share its cores [default: 1]")
     add("--minutes", type=float, default=0, help="stop after so long, in order; 0 is never [default: 0]")
     add("--json", metavar="FILE", help="[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     args, rest = parser.parse_known_args()
     for flag, least, values in (("jobs", 1, [args.jobs]), ("minutes", 0, [args.minutes]), ("max_tokens", 0, [args.max_tokens]),
-                                ("lengths", 1, args.lengths or [1]), ("seeds", 0, args.seeds)):  # fmt: skip
+                                ("documents", 0, [args.documents]), ("lengths", 1, args.lengths or [1]),
+                                ("seeds", 0, args.seeds)):  # fmt: skip
         if not min(values) >= least:
             raise UserError(f"--{flag} = {min(values)}: must be at least {least}")
     return args, [word for word in rest if word != "--"]
@@ -65,23 +79,46 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> list[Entry]:
 def to_do(entry: Entry, args: argparse.Namespace) -> list[list[str]]:
     """The scripts that the run still needs: training, evaluation, both or none."""
     scripts = [] if entry.finished else [["train.py", *entry.words]]
-    path = entry.cfg.folder / "eval.json"
-    have = {(r["length"], r["step"], r["max_tokens"]) for r in read_results(path)}
-    if not {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths} <= have:
+    path, losses = entry.cfg.folder / "eval.json", entry.cfg.folder / LOSSES
+    have = {r["length"] for r in results_of(entry, args)}
+    if not set(args.lengths) <= have or (args.documents and not losses.exists()):
         words = ["--lengths", *map(str, args.lengths), "--max_tokens", str(args.max_tokens), "--json", str(path)]
+        words += ["--documents", str(args.documents), "--losses", str(losses)] if args.documents else []
         scripts.append(["eval_ppl.py", str(entry.cfg.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device])
     return scripts
 
 
+def results_of(entry: Entry, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The evaluations of the run's last step that are as the command line asks for."""
+    wanted = (entry.cfg.steps, args.max_tokens, args.documents or None)
+    found = read_results(entry.cfg.folder / "eval.json")
+    return [
+        r for r in found if (r["step"], r["max_tokens"], r.get("min_document_tokens")) == wanted and r["length"] in args.lengths
+    ]
+
+
 def report(entries: list[Entry], args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Write what is known so far: JSON, Markdown, figure; returns what went into the JSON."""
-    found = collect(entries, args.lengths, args.max_tokens)
+    """Write what is known so far: JSON, Markdown, figure, losses of documents; returns what went into the JSON."""
+    finished = {entry: results_of(entry, args) for entry in entries if entry.finished_now()}
+    found = collect(entries[0].cfg, entries[0].variant, finished, read_report(out))
     write_json(out, found)
     with atomic_write(out.with_suffix(".md"), "w") as file:
         file.write(render(found))
     if found["summary"]:
         draw(found, out.with_suffix(".png"))
+    if args.documents:
+        keep_losses([entry.cfg.folder / LOSSES for entry in finished], out.with_suffix(".npz"))
     return found
+
+
+def keep_losses(paths: Iterable[Path], out: Path) -> None:
+    """Put the documents' losses of those runs that have them into `out`, beside those of others that are there."""
+    from evaluation.documents import load, merge
+
+    mine = [load(path) for path in paths if path.exists()]
+    there = load(out).without([one.runs[0] for one in mine]) if mine and out.exists() else None
+    if mine:
+        merge([*([there] if there else []), *mine]).save(out)
 
 
 @command
@@ -97,9 +134,15 @@ def main() -> None:
     refuse_conflicts(entries)
     out = Path(args.json or Path(entries[0].cfg.out_dir) / "lab.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = [(e, scripts) for e in entries if (scripts := to_do(e, args))]
+    known = read_report(out)
+    refuse_other(known, entries[0].cfg, args, out)
+    there = {(r["encoding"], r["seed"], r["length"]) for r in known.get("runs", [])}
+    missing = [e for e in entries if not {(e.variant, e.cfg.seed, length) for length in args.lengths} <= there]
+    work = [(e, scripts) for e in missing if (scripts := to_do(e, args))]
     jobs = [Job(e.cfg.name, scripts, e.cfg.folder.parent / f"{e.cfg.name}.txt") for e, scripts in work]
     count = len(entries) - len(jobs)
+    if len(missing) < len(entries):
+        remark(f"{out} has {len(entries) - len(missing)} of the {len(entries)} runs already", stdout=True)
 
     def done(job: Job) -> None:
         nonlocal count

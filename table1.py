@@ -96,14 +96,19 @@ def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[dict[str,
         launch("train.py", entry.words, args.nproc)
     path = entry.cfg.folder / "eval.json"
     wanted = {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths}
-    if not wanted <= {(r["length"], r["step"], r["max_tokens"]) for r in read_results(path)}:
+    if not wanted <= {(r["length"], r["step"], r["max_tokens"]) for r in over_the_stream(path)}:
         evaluate_entry(entry, args, path)
         if entry.cfg.wandb != "disabled":
             share(entry.cfg.folder, read_results(path))
-    results = {r["length"]: r for r in read_results(path)}
+    results = {r["length"]: r for r in over_the_stream(path)}
     paper = {length: PAPER.get((entry.size, length), {}).get(entry.variant) for length in args.lengths}
     about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}
     return [{**about, **results[n], "paper": paper[n]} for n in args.lengths]
+
+
+def over_the_stream(path: Path) -> list[dict[str, Any]]:
+    """The results of an evaluation that took all documents as one text, as the paper's did."""
+    return [r for r in read_results(path) if not r.get("min_document_tokens")]
 
 
 def evaluate_entry(entry: Entry, args: argparse.Namespace, path: Path) -> None:

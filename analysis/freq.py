@@ -93,7 +93,7 @@ def sample(model: GPT, stream: TokenStream, max_tokens: int) -> tuple[np.ndarray
     n_tokens = min(len(stream), max_tokens)
     T = min(model.cfg.block_size, n_tokens)
     ids_WT = stream.read(0, n_tokens // T * T).astype(np.int64).reshape(-1, T)
-    batch = min(64, default_batch(T, model.cfg.vocab_size))
+    batch = min(64, default_batch(T, model.cfg))
     parts = torch.from_numpy(ids_WT).split(batch)
     f_LWHT = torch.cat([collect(model, part.to(model.wte.weight.device)).cpu() for part in parts], dim=1)
     return ids_WT, f_LWHT.transpose(1, 2).numpy()

@@ -138,7 +138,7 @@ def intervene(model: GPT, stream: TokenStream, lengths: list[int], max_tokens: i
     """A record per length and replacement: loss, perplexity, and the difference to f as learned, paired window by window."""
     device, found = model.wte.weight.device, []
     for length in lengths:
-        batch = min(64, default_batch(length, model.cfg.vocab_size))
+        batch = min(64, default_batch(length, model.cfg))
         batches = list(pairs(stream, length, max_tokens, batch, device))
         mean_H = means(model, batches)
         changes: dict[str, Change] = {

@@ -20,8 +20,8 @@ D documents of which a target counts. npz as numpy writes it, without pickles; t
 """
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +184,14 @@ class Losses:
     def put(self, length: int, sums_D: Tensor) -> None:
         """Set the losses of the (one) run at `length`."""
         self.loss[0, np.searchsorted(self.lengths, length)] = sums_D.cpu().double().numpy()
+
+    def without(self, names: Collection[str]) -> "Losses | None":
+        """What is there of other runs than those of these names; None where nothing is."""
+        kept = [i for i, name in enumerate(self.runs.tolist()) if name not in names]
+        if not kept:
+            return None
+        told = {key: [getattr(self.about, key)[i] for i in kept] for key in PER_RUN}
+        return replace(self, runs=self.runs[kept], loss=self.loss[kept], about=self.about.model_copy(update=told))
 
     def save(self, path: Path) -> str:
         """Write the file, whole or not at all; returns its sha256."""

@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 
-from experiments.plan import ROOT, Entry, read_results
+from config import FREE_ON_RESUME, Config
+from experiments.plan import ROOT, Entry
 from positional import ENCODINGS
+from system.errors import UserError
 from system.files import atomic_write, write_blocks
 from training.provenance import git_version
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
+KEPT = (  # of an evaluation's record
+    "length", "perplexity", "nll", "stderr", "bits_per_byte", "tokens", "documents", "bytes", "step", "n_params", "dtype",
+    "git", "max_tokens", "min_document_tokens",
+)  # fmt: skip
 TITLES = {  # by the file of positional/ that an encoding is in
     "base": "none, or added to embeddings",
     "additive": "none, or added to embeddings",
@@ -36,32 +42,63 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def collect(entries: Sequence[Entry], lengths: Sequence[int], max_tokens: int) -> dict[str, Any]:
+def collect(cfg: Config, baseline: str, finished: dict[Entry, list[dict[str, Any]]], known: dict[str, Any]) -> dict[str, Any]:
     """All that is finished: `runs`, a record per run and length; `summary`, one per encoding and length; provenance.
 
-    In the summary `perplexity` and `nll` (nats) are means over `n` seeds, `…_stderr` their standard errors. `nll_difference` is
-    to the baseline, the first entry's encoding, with the same seed. Lengths without positions have null for all.
+    `finished` are evaluations by their run, `known` an earlier report, whose runs stay. In the summary `perplexity` and `nll`
+    (nats) are means over `n` seeds, `…_stderr` their standard errors. `nll_difference` is to the `baseline` encoding, with the
+    same seed. Lengths without positions have null for all.
     """
-    runs = []
-    for entry in entries:
-        for result in read_results(entry.cfg.folder / "eval.json"):
-            if entry.finished_now() and result["length"] in lengths and result["max_tokens"] == max_tokens:
-                kept = ("length", "perplexity", "nll", "stderr", "tokens", "step", "n_params", "dtype", "git")
-                runs.append({"encoding": entry.variant, "seed": entry.cfg.seed} | {key: result[key] for key in kept})
-    baseline = entries[0].variant
-    cfg = entries[0].cfg
-    own = ("name", "seed", "encoding")
+    runs = {(r["encoding"], r["seed"], r["length"]): r for r in known.get("runs", [])}
+    for entry, results in finished.items():
+        for result in results:
+            mine = {"encoding": entry.variant, "seed": entry.cfg.seed} | {key: result[key] for key in KEPT if key in result}
+            runs[entry.variant, entry.cfg.seed, result["length"]] = mine
     return {
         "baseline": baseline,
-        "config": {key: value for key, value in cfg.model_dump().items() if key not in own},
+        "config": own(cfg.model_dump()),
         "train_tokens": cfg.steps * cfg.tokens_per_step,
-        "machine": machine(entries),
+        "machine": list(dict.fromkeys([*known.get("machine", []), *machine(list(finished))])),
         "git": git_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "summary": summarize(runs, baseline),
-        "runs": runs,
+        "summary": summarize(list(runs.values()), baseline),
+        "runs": list(runs.values()),
     }
+
+
+def own(config: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a laboratory have in common."""
+    return {key: value for key, value in config.items() if key not in ("name", "seed", "encoding")}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that is there, {} where none is. Raises UserError where the file is something else."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found["runs"], list) and isinstance(found["config"], dict):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{path}: not a report of lab.py; move it away, or --json says where this one goes")
+
+
+def refuse_other(known: dict[str, Any], cfg: Config, args: Any, path: Path) -> None:
+    """Raise UserError where the report at `path` is of other runs, or of other evaluations, than this command's."""
+    now = own(cfg.model_dump())
+    differing = [
+        f"{key} = {known['config'][key]!r} (now {now[key]!r})"
+        for key in now
+        if key not in FREE_ON_RESUME and known.get("config", {}).get(key, now[key]) != now[key]
+    ]
+    wanted = {"max_tokens": args.max_tokens, "min_document_tokens": args.documents or None}
+    for key, value in wanted.items():
+        if others := {r[key] for r in known.get("runs", []) if key in r} - {value}:
+            differing.append(f"{key} = {others.pop()!r} (now {value!r})")
+    if differing:
+        raise UserError(f"{path}: holds results with {', '.join(differing)}; --json says where these go, or move it away")
 
 
 def machine(entries: Sequence[Entry]) -> list[str]:

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import run_command
 
 import lab
+from evaluation.documents import load
 from experiments.lab_report import mean_and_error, render, summarize
 from system.errors import EXIT_REQUEUE, UserError
 
@@ -49,6 +52,44 @@ def test_a_grid_two_runs_at_a_time_its_report_and_its_restart(words, tmp_path):
     assert again.returncode == 0 and again.stdout.count("finished") == 2
     assert before == {path: path.stat().st_mtime_ns for path in runs}
     assert json.loads((tmp_path / "lab.json").read_text()) == found
+
+
+def test_it_goes_on_from_its_results_when_the_runs_are_gone(words, tmp_path):
+    """Of other documents or another model it refuses to."""
+    out = tmp_path / "kept.json"
+    more = ["--documents", "200", "--json", out, "--jobs", "2"]
+    first = run_command(*words, *more)
+    assert first.returncode == 0, first.stderr
+    before, losses = json.loads(out.read_text()), load(out.with_suffix(".npz"))
+    assert {r["min_document_tokens"] for r in before["runs"]} == {200} and all(r["bits_per_byte"] for r in before["runs"][:2])
+    for folder in tmp_path.glob("lab-*-s2"):
+        shutil.rmtree(folder)
+
+    words[words.index("rope") : words.index("learned") + 1] = ["learned", "nope"]
+    second = run_command(*words, *more)
+    assert second.returncode == 0 and f"{out} has 1 of the 2 runs already" in second.stdout, second.stderr
+    assert [path.name for path in tmp_path.glob("lab-*-s2")] == ["lab-nope-s2"]
+    after, more_losses = json.loads(out.read_text()), load(out.with_suffix(".npz"))
+    assert after["runs"][: len(before["runs"])] == before["runs"] and after["baseline"] == "learned"
+    assert [r["encoding"] for r in after["runs"]] == ["rope"] * 2 + ["learned"] * 2 + ["nope"] * 2
+    assert more_losses.runs.tolist() == [*losses.runs.tolist(), "lab-nope-s2"]
+    assert np.array_equal(more_losses.loss[:2], losses.loss, equal_nan=True)
+    for r in after["runs"]:
+        if r["nll"] is not None:
+            row = more_losses.runs.tolist().index(f"lab-{r['encoding']}-s2")
+            sums_D = more_losses.loss[row, more_losses.lengths.tolist().index(r["length"])]
+            assert sums_D.sum() / more_losses.tokens.sum() == pytest.approx(r["nll"], rel=1e-9)
+
+    kept = out.read_bytes()
+    for other, message in (
+        (["--documents", "100"], "min_document_tokens = 200 (now 100)"),
+        (["--n_embd=32"], "n_embd = 16 (now 32)"),
+    ):
+        refused = run_command(*words, *more, *other)
+        assert refused.returncode == 2 and message in refused.stderr and out.read_bytes() == kept
+    out.write_text("[]")
+    refused = run_command(*words, *more)
+    assert refused.returncode == 2 and "not a report of lab.py" in refused.stderr and out.read_text() == "[]"
 
 
 @pytest.mark.slow
