@@ -52,11 +52,13 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         help="evaluate documents of at least N tokens, each by itself [default: 0, no]",
     )
     add("--jobs", type=int, default=1, help="runs at a time; on a CPU they share its cores [default: 1]")
+    add("--stagger", type=float, default=0, metavar="S", help="seconds between the starts of two runs [default: 0]")
     add("--minutes", type=float, default=0, help="stop after so long, in order; 0 is never [default: 0]")
     add("--json", metavar="FILE", help="[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     args, rest = parser.parse_known_args()
-    for flag, least, values in (("jobs", 1, [args.jobs]), ("minutes", 0, [args.minutes]), ("max_tokens", 0, [args.max_tokens]),
+    for flag, least, values in (("jobs", 1, [args.jobs]), ("minutes", 0, [args.minutes]), ("stagger", 0, [args.stagger]),
+                                ("max_tokens", 0, [args.max_tokens]),
                                 ("documents", 0, [args.documents]), ("lengths", 1, args.lengths or [1]),
                                 ("seeds", 0, args.seeds)):  # fmt: skip
         if not min(values) >= least:
@@ -153,7 +155,7 @@ def main() -> None:
         report(entries, args, out)
 
     threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else 0
-    complete = run_all(jobs, args.jobs, threads, 60 * args.minutes, done)
+    complete = run_all(jobs, args.jobs, threads, 60 * args.minutes, done, args.stagger)
     print(f"\n{render(report(entries, args, out))}\n{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}")
     if not complete:
         print(f"time is up with {len(entries) - count} of {len(entries)} runs left; the same command goes on")

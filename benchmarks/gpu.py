@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 SECONDS = {"machine": 30, "correctness": 90, "speed": 175, "rotary": 25, "lab": 240}
 PATIENCE = 160  # seconds from its start until speed begins to time, with what is compiled by then
 SAVING = 15  # seconds that the laboratory's runs have to save
+STAGGER = 20  # seconds between their starts: one compiles while others compute
 TESTS = [f"tests/test_{name}.py" for name in ("gpu", "kernels_rotary", "kernels_key_bias")]
 SPEED = [  # in the order in which they are compiled, after the peers
     "rope", "carope", "carope_hidden", "rope,kernel=triton", "carope,kernel=triton", "rope,config/tiny.toml",
@@ -82,8 +83,7 @@ def main() -> None:
     try:
         plan.do()
     finally:
-        for child in plan.children:
-            end(child)
+        plan.close()
     print(f"\n{plan.seconds():.0f} s; {'all went well' if not plan.failed else 'failed: ' + json.dumps(plan.failed)}")
     raise SystemExit(bool(plan.failed))
 
@@ -126,6 +126,12 @@ class Plan:
             text.join()
             self.laboratory()
 
+    def close(self) -> None:
+        """End what still runs."""
+        self._sampler.close()
+        for child in self.children:
+            end(child)
+
     def seconds(self) -> float:
         """Since the start."""
         return time.monotonic() - self._begin
@@ -164,17 +170,9 @@ class Plan:
             return
         val = ["3000", "1000"] if self.args.rehearse else ["4_000_000", "1_500_000"]
         for tokenizer, n_val in zip(("bytes", "gpt2"), val, strict=True):
-            words = [
-                "--source",
-                str(text),
-                "--tokenizer",
-                tokenizer,
-                "--val_tokens",
-                n_val,
-                "--out",
-                str(self.data / tokenizer),
-            ]
-            command = [sys.executable, "prepare_fineweb.py", "--quiet", "--workers", "4", *words]
+            where = ["--source", str(text), "--out", str(self.data / tokenizer)]
+            what = ["--tokenizer", tokenizer, "--val_tokens", n_val, "--workers", "4"]
+            command = [sys.executable, "prepare_fineweb.py", "--quiet", *where, *what]
             if code := subprocess.run(command, env=self.env).returncode:
                 self.failed["text"] = f"{' '.join(command)}: exit code {code}"
 
@@ -260,17 +258,8 @@ class Plan:
             sizes = [*TOY, "--vocab_size=512", "--rounds=2", "--warmup=1", "--micro_steps=2", "--at_once=2"]
         peers = [f"--vs={path}{size}" for path in sorted(self.args.kit.glob("peers/*")) for size in peer_sizes]
         result = ["--profile", str(self.out / "gpu-profile.txt"), "--json", str(self.fresh("speed.json"))]
-        words = [
-            "bench.py",
-            "train",
-            *small,
-            *sizes,
-            f"--patience={PATIENCE * self.slower}",
-            *result,
-            *peers,
-            "--encodings",
-            *names,
-        ]
+        words = ["bench.py", "train", *small, *sizes, f"--patience={PATIENCE * self.slower}", *result, *peers]
+        words += ["--encodings", *names]
         return self.start(words, self.work / "speed.txt", stdin=subprocess.PIPE), self.seconds()
 
     def end_speed(self, started: tuple[subprocess.Popen[str], float]) -> None:
@@ -289,7 +278,7 @@ class Plan:
                 break
             results = [self.work / f"{size}.json", self.work / f"{size}.npz"]
             for path in results:  # go on from what is known
-                if (ROOT / "results" / path.name).exists() and not path.exists():
+                if (ROOT / "results" / path.name).exists() and not path.exists() and not self.args.rehearse:
                     shutil.copy(ROOT / "results" / path.name, path)
             lengths = [str(512 << i) for i in range(5) if 512 << i <= longest]
             words = [f"--data={self.data / tokenizer}", f"--out_dir={self.work / size}", "--max_tokens", "0", "--seeds", "1"]
@@ -298,8 +287,8 @@ class Plan:
                 encodings, lengths, longest = encodings[:2], ["32", "64"], 64
                 words += [*TOY, "--steps=4", "--warmup_steps=1", "--tokens_per_step=128"]
             words += ["--encodings", *encodings, "--lengths", *lengths, "--documents", str(longest)]
-            since, jobs = self.seconds(), "2" if self.args.rehearse else "4"
-            child = self.start(["lab.py", f"config/{size}.toml", "--jobs", jobs, *words], self.work / f"{size}.txt")
+            since, jobs = self.seconds(), ["--jobs=2"] if self.args.rehearse else ["--jobs=4", f"--stagger={STAGGER}"]
+            child = self.start(["lab.py", f"config/{size}.toml", *jobs, *words], self.work / f"{size}.txt")
             self.finish(size, child, self.left(), since, results)
             if child.returncode == EXIT_REQUEUE:  # time was up, as planned
                 self.failed.pop(size)

@@ -3,35 +3,41 @@
 import statistics
 import subprocess
 import time
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu", "memory.used")
-EVERY_MS = 500
+EVERY_S = 0.5
+BUSY = 50  # percent of utilization.gpu
 
 
 class Sampler:
-    """Reads them twice a second, from now to the end of the process; nothing where there is no nvidia-smi."""
+    """Asks for them twice a second until it is closed; nothing where there is no nvidia-smi."""
 
     def __init__(self) -> None:
         self._samples: list[tuple[float, list[float]]] = []
-        words = [f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", "--id=0", f"-lms={EVERY_MS}"]
-        try:
-            self._process = subprocess.Popen(["nvidia-smi", *words], stdout=subprocess.PIPE, text=True)
-        except OSError:
-            return
+        self._closed = Event()
         Thread(target=self._read, daemon=True).start()
 
+    def close(self) -> None:
+        """Ask no more."""
+        self._closed.set()
+
     def _read(self) -> None:
-        for line in self._process.stdout or ():
+        query = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits", "--id=0"]
+        while not self._closed.wait(EVERY_S):
             try:
-                self._samples.append((time.monotonic(), [float(word) for word in line.split(",")]))
-            except ValueError:  # "[N/A]"
+                said = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout
+                self._samples.append((time.monotonic(), [float(word) for word in said.split(",")]))
+            except FileNotFoundError:
+                return
+            except (OSError, subprocess.SubprocessError, ValueError):  # it is slow, or says [N/A]
                 continue
 
     def summary(self, since: float) -> dict[str, Any]:
         """Least, median and most of each field in the samples from `since` (time.monotonic) on at which the GPU was busy."""
-        busy = [values for when, values in self._samples if when >= since and values[FIELDS.index("utilization.gpu")] >= 50]
+        at = FIELDS.index("utilization.gpu")
+        busy = [values for when, values in self._samples if when >= since and values[at] >= BUSY]
         if not busy:
             return {"samples": 0}
         columns = zip(FIELDS, zip(*busy, strict=True), strict=True)

@@ -106,22 +106,31 @@ class Job:
             self._child.wait()
 
 
-def run_all(jobs: Sequence[Job], at_once: int, threads: int, seconds: float, done: Callable[[Job], None]) -> bool:
+def run_all(
+    jobs: Sequence[Job], at_once: int, threads: int, seconds: float, done: Callable[[Job], None], stagger: float = 0.0
+) -> bool:
     """Run the jobs, `at_once` of them at a time, and call `done` after each; False where `seconds` were too few (0: no limit).
 
-    On a signal, or when time is up, the scripts are asked to save and leave. Raises SystemExit(75) after a signal, UserError
-    where a script fails, when the others have left.
+    Between the starts of two lie `stagger` seconds or more, so that jobs on one GPU do not all compile, then all compute. What
+    fails does not keep the others from their turn. On a signal, or when time is up, the scripts are asked to save and leave.
+    Raises SystemExit(75) after a signal; at the end UserError that names all that failed.
     """
-    waiting, running = list(jobs), list[Job]()
-    deadline = time.monotonic() + seconds if seconds else float("inf")
+    waiting, running, failures = list(jobs), list[Job](), list[str]()
+    deadline, next_start = time.monotonic() + seconds if seconds else float("inf"), 0.0
     with signals_to(lambda: None) as received:
         try:
             while (waiting or running) and not received and time.monotonic() < deadline:
-                while waiting and len(running) < at_once:
+                while waiting and len(running) < at_once and time.monotonic() >= next_start:
                     running.append(waiting.pop(0))
-                for job in [job for job in running if job.advance(threads)]:
+                    next_start = time.monotonic() + stagger
+                for job in list(running):
+                    try:
+                        if not job.advance(threads):
+                            continue
+                        done(job)
+                    except UserError as error:
+                        failures.append(str(error))
                     running.remove(job)
-                    done(job)
                 time.sleep(POLL_S)
         finally:
             for act in (Job.stop, Job.wait):
@@ -129,4 +138,6 @@ def run_all(jobs: Sequence[Job], at_once: int, threads: int, seconds: float, don
                     act(job)
     if received:
         raise stopped()
+    if failures:
+        raise UserError("; ".join(failures))
     return not (waiting or running)

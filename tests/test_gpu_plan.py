@@ -12,6 +12,7 @@ from conftest import run_command
 from test_bench import PEER
 
 from benchmarks.gpu import LAB, LAB_TINY, SECONDS, SPEED, end, outcomes, rates
+from benchmarks.gpu_sampler import Sampler
 from benchmarks.trainee import bench_config
 from config import load_config
 from evaluation.documents import load
@@ -119,6 +120,31 @@ def test_what_is_read_from_a_log_that_was_cut_off():
     found = outcomes(log)
     assert (found["passed"], found["failed"], found["skipped"], found["error"]) == (1, 1, 1, 0)
     assert found["not_passed"] == ["tests/test_gpu.py::test_two[a-b]"]
+
+
+def test_what_the_gpu_says_under_load(tmp_path, monkeypatch):
+    """Of a nvidia-smi that is idle at first, then busy, and once has nothing to say."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"""#!/bin/sh
+echo x >> {tmp_path}/calls
+case $(wc -l < {tmp_path}/calls) in
+1) echo "345, 2619, 70.5, 30, 0, 4" ;;
+3) echo "[N/A], 2619, 70.5, 30, 0, 4" ;;
+*) echo "1980, 2619, 690.25, 60, 100, 40000" ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    sampler, begin = Sampler(), time.monotonic()
+    while sampler.summary(begin)["samples"] < 2:
+        assert time.monotonic() < begin + 60
+        time.sleep(0.05)
+    sampler.close()
+    found = sampler.summary(begin)
+    assert found["clocks.sm"] == [1980, 1980, 1980] and found["power.draw"][1] == 690.25 and found["memory.used"][2] == 40000
+    assert sampler.summary(time.monotonic() + 1) == {"samples": 0}
 
 
 def test_rates_are_of_the_plain_candidates():
