@@ -33,7 +33,8 @@ def launch(arguments: list[str]) -> int:
     # Ranks that end with a code have said why, and of those that were killed we say it below
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     options = torchrun.parse_args(arguments)
-    if (options.rdzv_backend, options.rdzv_endpoint, options.master_port, options.nnodes) == ("static", "", None, "1:1"):
+    on_one_node = (options.rdzv_backend, options.rdzv_endpoint, options.nnodes) == ("static", "", "1:1")
+    if on_one_node and options.master_port in (None, 29500):  # torch 2.11 says 29500 where none was given
         options.standalone = True
     n_local = int(options.nproc_per_node) if options.nproc_per_node.isdigit() else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_local)))

@@ -28,7 +28,9 @@ class _Turn(torch.autograd.Function):
         ctx.shape = u.shape
         held = (u,) if cos.requires_grad or sin.requires_grad else ()
         ctx.save_for_backward(*held, cos, sin)
-        return _turned(u.float(), cos, sin, 1).to(u.dtype)
+        turned = _turned(u.float(), cos, sin, 1)
+        # Compiled by torch 2.11, a result that `to` leaves as it is would get no gradient at all
+        return turned if turned.dtype == u.dtype else turned.to(u.dtype)
 
     @staticmethod
     @once_differentiable

@@ -73,6 +73,25 @@ def test_the_rotation_of_a_compiled_model_is_the_eager_one(learns):
 TABLES = ["rope", "rope_bf16pos", "partial_rope", "xpos", "carope_scalar", "carope_frozen", "sinusoidal", "alibi"]
 
 
+def test_compiled_in_fp32_the_layer_before_the_rotation_has_its_gradient():
+    """Under torch 2.11 it was all zeros, as a conversion that changes nothing was the last thing that the function did."""
+
+    def rotated(packed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q, k = packed.view(2, 16, 2, 2, 8).permute(2, 0, 3, 1, 4)
+        return turn_pairs(q, cos, sin) * turn_pairs(k, cos, sin)
+
+    torch.manual_seed(1)
+    angle, source = torch.randn(1, 1, 16, 4), torch.randn(2, 16, 32)
+    weight = torch.randn(2, 2, 16, 8)
+    gradients = []
+    for function in (rotated, torch.compile(rotated, backend="aot_eager", fullgraph=True)):
+        packed = source.clone().requires_grad_()
+        (function(packed, angle.cos(), angle.sin()) * weight).sum().backward()
+        gradients.append(packed.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[1].norm() > 1
+
+
 @pytest.mark.parametrize("encoding", TABLES)
 def test_a_compiler_finds_the_positions_tables_in_memory(encoding):
     """Else it would compute angles, in float64, in each kernel that reads them: 48 times a micro-step of GPT-Small."""
