@@ -32,7 +32,7 @@ from system.files import write_json
 
 ROOT = Path(__file__).parent.parent
 # Seconds kept for each stage, the start of the process among the first's; what they leave is the laboratory's
-SECONDS = {"machine": 30, "correctness": 90, "speed": 175, "rotary": 25, "lab": 240}
+SECONDS = {"machine": 30, "correctness": 90, "speed": 175, "rotary": 30, "lab": 240}
 PATIENCE = 160  # seconds from its start until speed begins to time, with what is compiled by then
 SAVING = 15  # seconds that the laboratory's runs have to save
 STAGGER = 20  # seconds between their starts: one compiles while others compute
@@ -105,9 +105,10 @@ class Plan:
         self._sampler, self._copied = Sampler(), dict[Path, int]()
         paths = [str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-        self.env |= {"TORCHINDUCTOR_COMPILE_THREADS": "4"}  # of each of several processes
+        # Of each of several processes
+        self.env |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "1" if args.rehearse else "2"}
         if args.rehearse:
-            self.env |= {"GPU_TESTS_ON": "cpu", "OMP_NUM_THREADS": "1"}
+            self.env["GPU_TESTS_ON"] = "cpu"
 
     def do(self) -> None:
         """All stages that are wanted, in their order."""
@@ -121,7 +122,7 @@ class Plan:
         self.correctness()
         if speed:
             self.end_speed(speed)
-        self.run("rotary", ["bench.py", "rotary", *(["--batch=1", *toy] if toy else ["--layers=12", "--rounds=10"])])
+        self.run("rotary", ["bench.py", "rotary", *(["--batch=1", *toy] if toy else ["--layers=4", "--rounds=10"])])
         if self.wants("lab"):
             text.join()
             self.laboratory()
@@ -242,7 +243,7 @@ class Plan:
             return
         since, log = self.seconds(), self.out / "gpu-tests.txt"
         some = ["-n", "2", "-k", "preflight or samples or (cpu and carope_hidden)"] if self.args.rehearse else ["-n", "10"]
-        words = ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow", "--dist", "worksteal"]
+        words = ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow", "--dist", "loadgroup"]
         child = self.start([*words, *some, *TESTS], log)
         self.finish("correctness", child, self.limit("correctness"), since)
         found = outcomes(log.read_text())

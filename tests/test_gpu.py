@@ -1,6 +1,7 @@
 """What only a GPU can show: numbers, compilation, NCCL and resume on CUDA. `make gpu` runs it.
 
-Without a GPU it is skipped; GPU_TESTS_ON=cpu rehearses all of it there.
+Without a GPU it is skipped; GPU_TESTS_ON=cpu rehearses all of it there. What takes longest comes first, so that it begins first
+where several tests run at a time.
 """
 
 import json
@@ -23,68 +24,6 @@ SHAPE = [
     "--n_layer=2", "--n_head=4", "--n_embd=256", "--vocab_size=1024", "--block_size=192", "--micro_batch=1",
     "--tokens_per_step=192",
 ]  # fmt: skip
-
-
-def model_and_tokens(encoding: str) -> tuple[GPT, torch.Tensor]:
-    """A model whose encoding has something to say (CARoPE's W is 0 at the start), and two rows of tokens, both on the CPU."""
-    model = GPT(load_config([*SHAPE, f"--encoding={encoding}"]))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=generator))
-    return model, torch.randint(0, 1024, (2, 192), generator=generator)
-
-
-def loss_and_gradients(model: GPT, net: torch.nn.Module, ids: torch.Tensor, bf16: bool) -> tuple[float, torch.Tensor]:
-    model.zero_grad()
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-        loss = net(ids, ids.roll(-1, 1))
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
-
-
-def reference(encoding: str) -> tuple[float, torch.Tensor]:
-    """Loss and gradients in float32 on the CPU, the loss written out."""
-    model, ids = model_and_tokens(encoding)
-    logits = model(ids)
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_loss_and_gradients_are_those_of_the_cpu(encoding):
-    wanted, wanted_grad = reference(encoding)
-    model, ids = model_and_tokens(encoding)
-    model.to(DEVICE)
-    for bf16, tolerance in ((False, 2e-4), (True, 2e-2)):
-        loss, grad = loss_and_gradients(model, model, ids.to(DEVICE), bf16)
-        assert loss == pytest.approx(wanted, rel=tolerance)
-        assert ((grad - wanted_grad).norm() / wanted_grad.norm()).item() < 5 * tolerance
-
-
-@pytest.mark.parametrize("encoding", ["rope", "carope_hidden", "sinusoidal", "t5", "kerple", "fire", "cable", "fox"])
-def test_compiled_is_eager(encoding):
-    model, ids = model_and_tokens(encoding)
-    model.to(DEVICE)
-    torch.compiler.reset()  # else the graphs of all encodings count together
-    net = torch.compile(model, dynamic=False, fullgraph=True)
-    for bf16, tolerance in ((False, 1e-4), (True, 2e-2)):
-        loss, grad = loss_and_gradients(model, model, ids.to(DEVICE), bf16)
-        compiled_loss, compiled_grad = loss_and_gradients(model, net, ids.to(DEVICE), bf16)
-        assert compiled_loss == pytest.approx(loss, rel=tolerance)
-        assert ((compiled_grad - grad).norm() / grad.norm()).item() < 2 * tolerance
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_decoding_with_a_cache_is_the_full_forward(encoding):
-    model, ids = model_and_tokens(encoding)
-    model.to(DEVICE)
-    cache = KVCache()
-    with torch.no_grad():
-        whole = model(ids.to(DEVICE))
-        parts = [model(part, cache=cache) for part in ids.to(DEVICE).split([100, 1, 1, 90], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-4, rtol=1e-3)
 
 
 @pytest.fixture
@@ -142,3 +81,65 @@ def test_the_preflight(words):
     done = torchrun(1, "table1.py", *table)
     assert done.returncode == 0 and "all came back bit for bit" in done.stdout, done.stderr
     assert f"exchange: {'nccl' if DEVICE == 'cuda' else 'gloo'}, " in done.stdout and "the sum is right" in done.stdout
+
+
+def model_and_tokens(encoding: str) -> tuple[GPT, torch.Tensor]:
+    """A model whose encoding has something to say (CARoPE's W is 0 at the start), and two rows of tokens, both on the CPU."""
+    model = GPT(load_config([*SHAPE, f"--encoding={encoding}"]))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    return model, torch.randint(0, 1024, (2, 192), generator=generator)
+
+
+def loss_and_gradients(model: GPT, net: torch.nn.Module, ids: torch.Tensor, bf16: bool) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+        loss = net(ids, ids.roll(-1, 1))
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
+
+
+def reference(encoding: str) -> tuple[float, torch.Tensor]:
+    """Loss and gradients in float32 on the CPU, the loss written out."""
+    model, ids = model_and_tokens(encoding)
+    logits = model(ids)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten())
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("encoding", ["rope", "carope_hidden", "sinusoidal", "t5", "kerple", "fire", "cable", "fox"])
+def test_compiled_is_eager(encoding):
+    model, ids = model_and_tokens(encoding)
+    model.to(DEVICE)
+    torch.compiler.reset()  # else the graphs of all encodings count together
+    net = torch.compile(model, dynamic=False, fullgraph=True)
+    for bf16, tolerance in ((False, 1e-4), (True, 2e-2)):
+        loss, grad = loss_and_gradients(model, model, ids.to(DEVICE), bf16)
+        compiled_loss, compiled_grad = loss_and_gradients(model, net, ids.to(DEVICE), bf16)
+        assert compiled_loss == pytest.approx(loss, rel=tolerance)
+        assert ((compiled_grad - grad).norm() / grad.norm()).item() < 2 * tolerance
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_loss_and_gradients_are_those_of_the_cpu(encoding):
+    wanted, wanted_grad = reference(encoding)
+    model, ids = model_and_tokens(encoding)
+    model.to(DEVICE)
+    for bf16, tolerance in ((False, 2e-4), (True, 2e-2)):
+        loss, grad = loss_and_gradients(model, model, ids.to(DEVICE), bf16)
+        assert loss == pytest.approx(wanted, rel=tolerance)
+        assert ((grad - wanted_grad).norm() / wanted_grad.norm()).item() < 5 * tolerance
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_decoding_with_a_cache_is_the_full_forward(encoding):
+    model, ids = model_and_tokens(encoding)
+    model.to(DEVICE)
+    cache = KVCache()
+    with torch.no_grad():
+        whole = model(ids.to(DEVICE))
+        parts = [model(part, cache=cache) for part in ids.to(DEVICE).split([100, 1, 1, 90], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-4, rtol=1e-3)
