@@ -169,7 +169,7 @@ class Plan:
         except (OSError, lzma.LZMAError) as error:
             self.failed["text"] = f"{packed}: cannot be unpacked ({error}); python -m benchmarks.gpu_pack --text makes it"
             return
-        val = ["3000", "1000"] if self.args.rehearse else ["4_000_000", "1_500_000"]
+        val = ["3000", "1000"] if self.args.rehearse else ["4_000_000", "3_000_000"]
         for tokenizer, n_val in zip(("bytes", "gpt2"), val, strict=True):
             where = ["--source", str(text), "--out", str(self.data / tokenizer)]
             what = ["--tokenizer", tokenizer, "--val_tokens", n_val, "--workers", "4"]
