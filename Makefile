@@ -45,10 +45,10 @@ soak: $(VENV)/.installed-dev ## 25 random kills each of training, preparation an
 	$(PY) -m pytest tests/faults -m soak --faults results/soak.json
 	$(PY) tests/fault_report.py
 
-gpu: ## everything that needs a GPU, in ten minutes, results into OUT. No set-up: GPU_PY=python3 with torch, see docs/performance.md
+gpu: ## everything that needs a GPU, in ten minutes; results in OUT; runs GPU_PY, a python3 with torch (docs/performance.md)
 	$(GPU_PY) -m benchmarks.gpu --out $(OUT) $(GPU_ARGS)
 
-lab-gpu: ## of that the laboratory only: a small GPT with many encodings; the same command goes on
+lab-gpu: ## the laboratory alone: a small GPT with many encodings; run it again to continue
 	$(GPU_PY) -m benchmarks.gpu --out $(OUT) --only lab $(GPU_ARGS)
 
 clean-demo: ## forget the demo's data and runs

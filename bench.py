@@ -23,7 +23,7 @@ from system.console import CommandLine
 from system.errors import command
 from system.files import write_json
 
-COMMANDS = ("train", "eval", "decode", "data", "prepare", "rotary", "startup", "scaling", "overlap")
+COMMANDS = ("machine", "train", "eval", "decode", "data", "prepare", "rotary", "startup", "scaling", "overlap")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

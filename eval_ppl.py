@@ -92,7 +92,7 @@ from evaluation.windows import Profile, Windows, counted, losses
 from model import GPT
 from positional.base import widest
 from positional.scaling import SCALINGS, rescale
-from system.errors import UserError, command
+from system.errors import UserError, at_least, command
 from system.files import write_json
 from system.fsdp import is_sharded, uncompiled
 from training.checkpoint import MODEL, load_model
@@ -319,15 +319,8 @@ def closing(results: list[dict[str, Any]], documents: int | None, device: str) -
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for values that cannot be, and for files that could not be written in the end."""
-    for flag, smallest, values in (
-        ("lengths", 1, args.lengths),
-        ("max_tokens", 0, [args.max_tokens]),
-        ("batch", 0, [args.batch]),
-        ("stride", 0, [args.stride]),
-        ("documents", 1, [1 if args.documents is None else args.documents]),
-    ):
-        if min(values) < smallest:
-            raise UserError(f"--{flag} = {min(values)}: must be at least {smallest}")
+    at_least(1, lengths=args.lengths, documents=args.documents)
+    at_least(0, max_tokens=args.max_tokens, batch=args.batch, stride=args.stride)
     if args.stride > min(args.lengths):
         shortest = f"the shortest of --lengths = {min(args.lengths)}"
         raise UserError(f"--stride = {args.stride}: tokens between windows would not count; must be at most {shortest}")

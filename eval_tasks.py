@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 from distributed import pick_device
 from huggingface.export import export
-from system.errors import UserError, command
+from system.errors import UserError, at_least, command
 from system.files import write_json
 from training.checkpoint import find_checkpoint
 from training.provenance import git_version
@@ -105,9 +105,7 @@ def render(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Evaluate the runs of the command line, print the numbers, write the JSON."""
     args = parse_args()
-    for name in ("batch", "limit", "max_length"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name} = {value}: must be at least 1")
+    at_least(1, batch=args.batch, limit=args.limit, max_length=args.max_length)
     try:
         import lm_eval  # noqa: F401
         import transformers  # noqa: F401

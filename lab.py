@@ -4,10 +4,10 @@
     python lab.py --jobs 2                                   # config/lab.toml on two CPU cores: two runs at a time, a core each
     python lab.py config/tiny.toml --encodings rope carope --lengths 512 1024 2048 --minutes 9 --steps=400
 
-A run is the base configuration under config/ENCODING.toml with a seed; any --key=value goes to every run. Started again, by
-hand or after --minutes, it goes on where it was: with the run folders that are there, and with the results in the JSON it
-writes, wherever their runs are now. The seed decides the initial weights; all runs read the same tokens in the same order,
-so differences to the baseline (the first encoding) are taken seed by seed. Writes lab.json, lab.md and lab.png, and with
+A run is the base configuration under config/ENCODING.toml with a seed; any --key=value applies to every run. The same command
+continues after an interruption or after --minutes: it uses the run folders that exist, and keeps results that its JSON already
+has, even if their run folders are gone. The seed decides the initial weights; all runs read the same tokens in the same order,
+so differences to the baseline (the first encoding) are taken seed by seed. It writes lab.json, lab.md and lab.png, and with
 --documents the loss of each document, lab.npz (evaluation/documents.py).
 """
 
@@ -23,7 +23,7 @@ from experiments.jobs import Job, run_all
 from experiments.lab_report import collect, draw, read_report, refuse_other, render
 from experiments.plan import Entry, find, read_results, refuse_conflicts, show_plan
 from system.console import CommandLine, quiet, remark
-from system.errors import EXIT_REQUEUE, UserError, command
+from system.errors import EXIT_REQUEUE, UserError, at_least, command
 from system.files import atomic_write, write_json
 
 DEFAULT = [
@@ -57,12 +57,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--json", metavar="FILE", help="[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     args, rest = parser.parse_known_args()
-    for flag, least, values in (("jobs", 1, [args.jobs]), ("minutes", 0, [args.minutes]), ("stagger", 0, [args.stagger]),
-                                ("max_tokens", 0, [args.max_tokens]),
-                                ("documents", 0, [args.documents]), ("lengths", 1, args.lengths or [1]),
-                                ("seeds", 0, args.seeds)):  # fmt: skip
-        if not min(values) >= least:
-            raise UserError(f"--{flag} = {min(values)}: must be at least {least}")
+    at_least(1, jobs=args.jobs, lengths=args.lengths)
+    numbers = {"max_tokens": args.max_tokens, "documents": args.documents, "seeds": args.seeds}
+    at_least(0, minutes=args.minutes, stagger=args.stagger, **numbers)
     return args, [word for word in rest if word != "--"]
 
 
@@ -99,10 +96,13 @@ def results_of(entry: Entry, args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def report(entries: list[Entry], args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Write what is known so far: JSON, Markdown, figure, losses of documents; returns what went into the JSON."""
+def report(entries: list[Entry], args: argparse.Namespace, out: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Write JSON, Markdown, figure and losses of documents: the earlier report `known`, and what is finished now.
+
+    Returns what went into the JSON.
+    """
     finished = {entry: results_of(entry, args) for entry in entries if entry.finished_now()}
-    found = collect(entries[0].cfg, entries[0].variant, finished, read_report(out))
+    found = collect(entries[0].cfg, entries[0].variant, finished, known)
     write_json(out, found)
     with atomic_write(out.with_suffix(".md"), "w") as file:
         file.write(render(found))
@@ -152,11 +152,11 @@ def main() -> None:
         results = read_results(Path(entries[0].cfg.out_dir) / job.name / "eval.json")
         cells = ", ".join(f"{r['length']}: {r['perplexity']:.3f}" for r in results if r["perplexity"])
         remark(f"[{count}/{len(entries)}] {job.name}: {cells} ({time.monotonic() - job.began:.0f} s)", stdout=True)
-        report(entries, args, out)
+        report(entries, args, out, known)
 
     threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else 0
     complete = run_all(jobs, args.jobs, threads, 60 * args.minutes, done, args.stagger)
-    print(f"\n{render(report(entries, args, out))}\n{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}")
+    print(f"\n{render(report(entries, args, out, known))}\n{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}")
     if not complete:
         print(f"time is up with {len(entries) - count} of {len(entries)} runs left; the same command goes on")
         raise SystemExit(EXIT_REQUEUE)

@@ -26,7 +26,7 @@ from evaluation.figures import BASELINE, line, panels, plain_log_y, save
 from evaluation.windows import losses
 from model import GPT
 from positional.base import widest
-from system.errors import UserError
+from system.errors import UserError, at_least
 from training.checkpoint import load_model
 
 LABELS = {
@@ -48,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Print a table and draw intervene.png for the runs of `args`; returns what stands in the JSON."""
-    for flag, value, least in (("lengths", min(args.lengths or [1]), 1), ("max_tokens", args.max_tokens, 0)):
-        if value < least:
-            raise UserError(f"--{flag} = {value}: must be at least {least}")
+    at_least(1, lengths=args.lengths)
+    at_least(0, max_tokens=args.max_tokens)
     with Distributed.start(args.device, "auto") as dist:
         found = [intervene_run(path, args, dist) for path in args.runs]
     draw(found, out / "intervene.png")

@@ -1,17 +1,16 @@
-"""Everything that needs a GPU, inside a quarter of an hour, the most valuable first; each result is written as it comes.
+"""Run everything that needs a GPU in ten minutes, the most valuable first; each result is written as soon as it is known.
 
     make gpu OUT=results                                machine, correctness, speed, laboratory: ten minutes
-    make lab-gpu OUT=results GPU_ARGS="--budget 190"    goes on with the laboratory
+    make lab-gpu OUT=results GPU_ARGS="--budget 190"    continues the laboratory
     make gpu OUT=/tmp/gpu GPU_ARGS=--rehearse           all of it at toy sizes on a CPU
 
-Wants what `python -m benchmarks.gpu_pack` packs, and no network. Works in runs/gpu/, where the laboratory's runs stay, so that
-the same command goes on with them. Graphs are compiled while correctness is tested, and the laboratory takes all the time that
-is left. Where there is no .git folder, CAROPE_COMMIT in the environment says which commit this is.
+It needs what `python -m benchmarks.gpu_pack` packs, and no network. Runs, data and logs are kept in runs/gpu/, so that the same
+command continues the laboratory. Graphs compile while correctness is tested, and the laboratory gets all the time that is left.
+Where there is no .git folder, the variable CAROPE_COMMIT names the commit.
 """
 
 import argparse
 import json
-import lzma
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from threading import Thread
 from typing import Any
 
 from benchmarks.gpu_sampler import Sampler
+from benchmarks.gpu_setup import install_wheels, prepare, unpack
 from system.console import CommandLine
 from system.errors import EXIT_REQUEUE, UserError, command
 from system.files import write_json
@@ -112,12 +112,12 @@ class Plan:
 
     def do(self) -> None:
         """All stages that are wanted, in their order."""
-        self.install_wheels()
+        install_wheels(self.args.kit, self.site)
         text = Thread(target=self.prepare_text)
         if self.wants("lab"):
             text.start()
         toy = ["--rounds=2", "--device=cpu"] if self.args.rehearse else []
-        self.run("machine", ["-m", "benchmarks.machine", *toy])
+        self.run("machine", ["bench.py", "machine", *toy])
         speed = self.begin_speed() if self.wants("speed") else None
         self.correctness()
         if speed:
@@ -149,33 +149,13 @@ class Plan:
         """Whether the command line asks for the stage."""
         return name in (self.args.only or SECONDS)
 
-    def install_wheels(self) -> None:
-        """The packed wheels, into a folder that our Python looks into first. Raises UserError where pip cannot."""
-        wheels = sorted(map(str, self.args.kit.glob("wheels/*.whl")))
-        shutil.rmtree(self.site, ignore_errors=True)
-        words = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(self.site)]
-        if wheels and subprocess.run([sys.executable, "-m", "pip", *words, *wheels]).returncode:
-            raise UserError(f"{self.args.kit}/wheels: pip cannot install them; its message stands above")
-
     def prepare_text(self) -> None:
-        """Unpack the text, which checks it, and make shards of it, as bytes and as GPT-2's tokens; what is there stays."""
-        text, packed = self.data / "text.jsonl", self.args.kit / "text.jsonl.xz"
+        """Unpack the text and make shards of it; what is there stays."""
+        val = {"bytes": 3000, "gpt2": 1000} if self.args.rehearse else {"bytes": 4_000_000, "gpt2": 3_000_000}
         try:
-            self.data.mkdir(parents=True, exist_ok=True)
-            if not text.exists():
-                with lzma.open(packed) as source, open(f"{text}.part", "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 24)
-                os.replace(f"{text}.part", text)
-        except (OSError, lzma.LZMAError) as error:
-            self.failed["text"] = f"{packed}: cannot be unpacked ({error}); python -m benchmarks.gpu_pack --text makes it"
-            return
-        val = ["3000", "1000"] if self.args.rehearse else ["4_000_000", "3_000_000"]
-        for tokenizer, n_val in zip(("bytes", "gpt2"), val, strict=True):
-            where = ["--source", str(text), "--out", str(self.data / tokenizer)]
-            what = ["--tokenizer", tokenizer, "--val_tokens", n_val, "--workers", "4"]
-            command = [sys.executable, "prepare_fineweb.py", "--quiet", *where, *what]
-            if code := subprocess.run(command, env=self.env).returncode:
-                self.failed["text"] = f"{' '.join(command)}: exit code {code}"
+            prepare(unpack(self.args.kit, self.data), self.data, val, self.env)
+        except UserError as error:
+            self.failed["text"] = str(error)
 
     def start(self, command: Sequence[str], log: Path, **options: Any) -> subprocess.Popen[str]:
         """Start a script of ours, in a process group of its own, so that it can be ended with all that it starts."""
@@ -188,7 +168,7 @@ class Plan:
     def finish(
         self, name: str, child: subprocess.Popen[str], seconds: float, since: float, copies: Sequence[Path] = ()
     ) -> None:
-        """Wait for a stage, `seconds` at most; copy files out whenever they change, and write what has come of it."""
+        """Wait for a stage, `seconds` at most; copy files out whenever they change, and write its result."""
         stop, why = time.monotonic() + seconds, None
         while child.poll() is None:
             if time.monotonic() > stop:
@@ -238,7 +218,7 @@ class Plan:
         return self.work / name
 
     def correctness(self) -> None:
-        """The tests that want a GPU, several at a time; the log says what came of each as it is known."""
+        """The tests that need a GPU, several at a time; the log has a line for each as soon as it ends."""
         if not self.wants("correctness"):
             return
         since, log = self.seconds(), self.out / "gpu-tests.txt"
@@ -278,7 +258,7 @@ class Plan:
             if self.left() < 2 * SAVING or "text" in self.failed:
                 break
             results = [self.work / f"{size}.json", self.work / f"{size}.npz"]
-            for path in results:  # go on from what is known
+            for path in results:  # continue an earlier laboratory
                 if (ROOT / "results" / path.name).exists() and not path.exists() and not self.args.rehearse:
                     shutil.copy(ROOT / "results" / path.name, path)
             lengths = [str(512 << i) for i in range(5) if 512 << i <= longest]

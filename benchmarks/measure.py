@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distributed import peak_memory
-from system.errors import UserError
+from system.errors import at_least
 
 Work = Callable[[], object]
 
@@ -28,8 +28,8 @@ def interleave(
     In every round each candidate runs once, in an order drawn anew: what runs before, a large matmul say, leaves cold caches.
     Raises UserError for fewer than one round.
     """
-    least({"--rounds": rounds})
-    least({"--warmup": warmup}, 0)
+    at_least(1, rounds=rounds)
+    at_least(0, warmup=warmup)
     device, names, order = device or torch.device("cpu"), list(candidates), random.Random(1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
@@ -49,6 +49,16 @@ def timed(work: Mapping[str, Work], order: Sequence[str], device: torch.device) 
         synchronize(device)
         seconds[name] = time.perf_counter() - begin
     return seconds
+
+
+def turn(work: Mapping[str, Work], order: Sequence[str], device: torch.device, refill: Work) -> dict[str, Any]:
+    """The `seconds` of each of `work` in a process whose turn it is among others, and what `release` says.
+
+    On a GPU `refill` comes first: it takes back, outside of the time, the memory that the last turn released.
+    """
+    if device.type == "cuda":
+        refill()
+    return {"seconds": timed(work, order, device)} | release(device)
 
 
 def release(device: torch.device) -> dict[str, int]:
@@ -82,10 +92,3 @@ def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Work, int]:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     return lambda: torch.mm(a, b, out=out), 2 * size**3
-
-
-def least(values: Mapping[str, float], smallest: float = 1) -> None:
-    """Raise UserError for the first option of `values` that is below `smallest`."""
-    for name, value in values.items():
-        if not value >= smallest:
-            raise UserError(f"{name} = {value}: must be at least {smallest}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import release, synchronize, timed
+from benchmarks.measure import release, synchronize, turn
 from benchmarks.turns import Candidate, own_stdout, serve
 from config import Config
 from system.errors import UserError
@@ -89,16 +89,13 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def turn(_question: str) -> dict[str, Any]:
-        if device.type == "cuda":  # the memory that was released comes back outside of the time
-            micro_step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds = timed({"step": step}, ["step"], device)
-        return {"seconds": seconds} | release(device)
+    def discarded_micro_step() -> None:
+        micro_step()
+        optimizer.zero_grad(set_to_none=True)
 
     step()
     synchronize(device)
-    serve(answers, release(device), turn)
+    serve(answers, release(device), lambda _question: turn({"step": step}, ["step"], device, refill=discarded_micro_step))
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Interleave the candidates; prints and returns milliseconds, GB/s and the distance to a copy of each."""
     from benchmarks.measure import interleave, speedup, spread
     from distributed import pick_device
-    from system.errors import UserError
+    from system.errors import UserError, at_least
 
     if rest:
         raise UserError(f"{rest[0]}: bench.py rotary has no such option; --help lists them")
-    for name, least in (("batch", 0), ("heads", 1), ("length", 1), ("head_width", 2), ("layers", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} = {getattr(args, name)}: must be at least {least}")
+    at_least(0, batch=args.batch)
+    at_least(1, heads=args.heads, length=args.length, layers=args.layers)
+    at_least(2, head_width=args.head_width)
     if args.head_width % 2:
         raise UserError(f"--head_width = {args.head_width}: must be even, as pairs of channels are rotated")
     device = pick_device(args.device)

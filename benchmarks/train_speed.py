@@ -57,17 +57,16 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     What is known is handed to `args.keep` after each round. Raises UserError, at the end, where a candidate failed.
     """
-    from benchmarks.measure import least
     from benchmarks.peers import peer
     from benchmarks.trainee import bench_config, bench_data, trainee
     from benchmarks.turns import start_all, take_turns
     from distributed import pick_device
-    from system.errors import UserError
+    from system.errors import UserError, at_least
 
     if "WORLD_SIZE" in os.environ:
         raise UserError("bench.py train: times one device; table1.py --preflight times the runs of all ranks")
-    least({"--micro_steps": args.micro_steps, "--rounds": args.rounds, "--at_once": args.at_once})
-    least({"--warmup": args.warmup}, 0)
+    at_least(1, micro_steps=args.micro_steps, rounds=args.rounds, at_once=args.at_once)
+    at_least(0, warmup=args.warmup)
     names = args.encodings or [bench_config(rest, 1).encoding]
     cfgs = [bench_config(rest, args.micro_steps, name) for name in names]
     shapes = [",".join([names[0].split(",")[0], *word.split(",")[1:]]) for word in args.vs]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import matmul, release, synchronize, timed
+from benchmarks.measure import matmul, release, synchronize, turn
 from benchmarks.turns import Candidate, own_stdout, serve
 from config import Config, load_config
 from data import Batches, TokenStream
@@ -90,6 +90,11 @@ class Trainee:
             loss = self.net(*self._batch) / self.batches.grad_accum
         loss.backward()
 
+    def discarded_micro_step(self) -> None:
+        """A micro-step whose gradients are thrown away."""
+        self.micro_step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def evaluate(self) -> None:
         """As many tokens of the validation data as a step has of the training data."""
         cfg = self.cfg
@@ -145,19 +150,14 @@ def main() -> None:
         work = {"step": one.whole, "matmul": mm} | ({"bare": one.bare} if job["bare"] else {})
         order = random.Random(1)
 
-        def turn() -> dict[str, Any]:
-            if dist.device.type == "cuda":  # the memory that was released comes back outside of the time
-                one.micro_step()
-                one.optimizer.zero_grad(set_to_none=True)
-            one.batches.waited = 0.0
-            seconds = timed(work, order.sample(list(work), len(work)), dist.device)
-            return {"seconds": seconds | {"waiting": one.batches.waited}} | release(dist.device)
-
         def answer(question: str) -> dict[str, Any]:
-            if question == "turn":
-                return turn()
-            one.profile(Path(question.removeprefix("profile ")))
-            return {}
+            if question != "turn":
+                one.profile(Path(question.removeprefix("profile ")))
+                return {}
+            one.batches.waited = 0.0
+            found = turn(work, order.sample(list(work), len(work)), dist.device, refill=one.discarded_micro_step)
+            found["seconds"]["waiting"] = one.batches.waited
+            return found
 
         release(dist.device)
         serve(answers, about | {"matmul_flops": mm_flops, "peak_flops": dist.peak_flops()}, answer)

@@ -1,8 +1,8 @@
 """Candidates of a benchmark that take turns, each in a process of its own: one computes, the others wait.
 
-So each compiles its graph while others compile theirs, its peak memory is its own, and what goes wrong with one stays with it.
-A candidate is a module that is started with its job as JSON. It says what it is in a line of JSON once it is ready, and answers
-each line that it is sent with another.
+Each compiles while others compile, each has its own peak memory, and a failure of one does not affect the rest.
+A candidate is a module that is started with its job as JSON. Once it is ready it describes itself in a line of JSON, and it
+answers each line it receives with another.
 """
 
 import json

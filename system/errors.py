@@ -4,7 +4,7 @@ import atexit
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
@@ -25,6 +25,14 @@ class UserError(Exception):
     def __init__(self, message: str, alone: bool = False) -> None:
         super().__init__(printable(message))
         self.alone = alone
+
+
+def at_least(smallest: float, **options: float | Sequence[float] | None) -> None:
+    """Raise UserError for the first option that has a value below `smallest`, or NaN; None is an option not given."""
+    for name, given in options.items():
+        for value in given if isinstance(given, Sequence) else [] if given is None else [given]:
+            if not value >= smallest:
+                raise UserError(f"--{name} = {value}: must be at least {smallest}")
 
 
 class _Ending:

@@ -79,17 +79,16 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     losses = load(out / "lab-gpu.npz")
     assert len(losses.runs) == 2 and losses.about.min_document_tokens == 64 and (losses.tokens >= 64).all()
 
-    again, began = tmp_path / "again", time.monotonic()
+    again = tmp_path / "again"
     done = run_command(*plan, again, "--only", "lab", env=bare, timeout=800)
     assert done.returncode == 0 and done.stdout.count("has 2 of the 2 runs already") == 2, done.stdout + done.stderr
-    assert sorted(path.name for path in again.iterdir()) == sorted(labs) and time.monotonic() > began
+    assert sorted(path.name for path in again.iterdir()) == sorted(labs)
     assert json.loads((again / "lab-gpu.json").read_text())["runs"] == json.loads((out / "lab-gpu.json").read_text())["runs"]
 
 
 def test_every_candidate_of_the_plan_has_a_configuration_and_the_seconds_fit():
-    small = ["config/small.toml", "--synthetic"][:1]
     for name in SPEED:
-        assert bench_config([*small, "--kernel=eager"] if "triton" not in name else small, 8, name).tokens_per_step > 0
+        assert bench_config(["config/small.toml"], 8, name).tokens_per_step > 0
     for base, encodings in (("config/lab-gpu.toml", LAB), ("config/lab-gpu-tiny.toml", LAB_TINY)):
         for encoding in encodings:
             cfg = load_config([base, f"config/{encoding}.toml"])

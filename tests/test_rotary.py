@@ -70,9 +70,6 @@ def test_the_rotation_of_a_compiled_model_is_the_eager_one(learns):
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=2**-8)
 
 
-TABLES = ["rope", "rope_bf16pos", "partial_rope", "xpos", "carope_scalar", "carope_frozen", "sinusoidal", "alibi"]
-
-
 def test_compiled_in_fp32_the_layer_before_the_rotation_has_its_gradient():
     """Under torch 2.11 it was all zeros, as a conversion that changes nothing was the last thing that the function did."""
 
@@ -90,6 +87,9 @@ def test_compiled_in_fp32_the_layer_before_the_rotation_has_its_gradient():
         gradients.append(packed.grad)
     torch.testing.assert_close(*gradients)
     assert gradients[1].norm() > 1
+
+
+TABLES = ["rope", "rope_bf16pos", "partial_rope", "xpos", "carope_scalar", "carope_frozen", "sinusoidal", "alibi"]
 
 
 @pytest.mark.parametrize("encoding", TABLES)
