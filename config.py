@@ -58,7 +58,7 @@ class Config(BaseModel):
         False, description="keep only the input of each block and compute the block again in the backward pass"
     )
     kernel: Literal["auto", "triton", "eager"] = Field(
-        "auto", description="rotation of queries and keys; auto is eager until a measurement shows that triton wins"
+        "auto", description="rotation of queries and keys; auto is triton on a CUDA device, where it can run, else eager"
     )
 
     # model

@@ -32,14 +32,14 @@ from system.files import write_json
 
 ROOT = Path(__file__).parent.parent
 # Seconds kept for each stage, the start of the process among the first's; what they leave is the laboratory's
-SECONDS = {"machine": 30, "correctness": 90, "speed": 175, "rotary": 30, "lab": 240}
+SECONDS = {"machine": 30, "correctness": 90, "speed": 175, "lab": 270}
 PATIENCE = 160  # seconds from its start until speed begins to time, with what is compiled by then
 SAVING = 15  # seconds that the laboratory's runs have to save
 STAGGER = 20  # seconds between their starts: one compiles while others compute
-TESTS = [f"tests/test_{name}.py" for name in ("gpu", "kernels_rotary", "kernels_key_bias")]
+TESTS = [f"tests/test_{name}.py" for name in ("gpu", "kernels_rotary", "kernels_key_bias", "kernels_cross_entropy")]
 SPEED = [  # in the order in which they are compiled, after the peers
-    "rope", "carope", "carope_hidden", "rope,kernel=triton", "carope,kernel=triton", "rope,config/tiny.toml",
-    "carope,config/tiny.toml", "rope,block_size=1024,micro_batch=16", "carope_hidden,config/tiny.toml", "learned", "sinusoidal",
+    "rope", "carope", "carope_hidden", "rope,config/tiny.toml", "carope,config/tiny.toml", "carope_hidden,config/tiny.toml",
+    "rope,micro_batch=64", "rope,block_size=1024,micro_batch=16", "rope,kernel=eager", "learned", "sinusoidal",
     "learned,config/tiny.toml", "sinusoidal,config/tiny.toml",
 ]  # fmt: skip
 LAB = [
@@ -122,7 +122,6 @@ class Plan:
         self.correctness()
         if speed:
             self.end_speed(speed)
-        self.run("rotary", ["bench.py", "rotary", *(["--batch=1", *toy] if toy else ["--layers=4", "--rounds=10"])])
         if self.wants("lab"):
             text.join()
             self.laboratory()
@@ -233,7 +232,7 @@ class Plan:
     def begin_speed(self) -> tuple[subprocess.Popen[str], float]:
         """Have the candidates compile; they wait for `end_speed` to be timed."""
         small, tiny = ["config/small.toml", "--synthetic", "--no_bare", "--wait"], ",config/tiny.toml"
-        names, sizes, peer_sizes = SPEED, ["--rounds=10", "--warmup=2", "--micro_steps=8", "--at_once=4"], ["", tiny]
+        names, sizes, peer_sizes = SPEED, ["--rounds=10", "--warmup=2", "--micro_steps=8", "--at_once=6"], ["", tiny]
         if self.args.rehearse:
             names, peer_sizes = ["rope", "carope", f"rope{tiny}", "rope,block_size=16,micro_batch=4"], [tiny]
             sizes = [*TOY, "--vocab_size=512", "--rounds=2", "--warmup=1", "--micro_steps=2", "--at_once=2"]

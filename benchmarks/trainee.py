@@ -129,7 +129,7 @@ class Trainee:
         events = seen.key_averages(group_by_input_shape=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-        path.write_text(events.table(sort_by=key, row_limit=40, max_name_column_width=50, max_shapes_column_width=60))
+        path.write_text(events.table(sort_by=key, row_limit=60, max_name_column_width=100, max_shapes_column_width=60))
 
 
 def trainee(name: str, cfg: Config, bare: bool) -> Candidate:

@@ -25,6 +25,10 @@ def rotation_kernel(kernel: str, encoding: Any) -> None:
 
 def key_bias_kernel(device: Any) -> None:
     """No kernel."""
+
+
+def cross_entropy_kernel(device: Any) -> None:
+    """No kernel."""
 ''',
     "kernels.native": '''"""Stands for kernels/native.py: here attention is PyTorch's own, and no C++ is compiled."""
 

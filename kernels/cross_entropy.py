@@ -9,11 +9,15 @@ Shapes: N tokens, V vocabulary, C width.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels.support import cross_entropy_kernel
+from positional.base import operator
 
 CHUNK_BYTES = {
     "cpu": 128 << 20,
@@ -77,6 +81,8 @@ def losses_and_grads(
 
 def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> Tensor:
     """Losses of some rows, (n,) fp32; with grads the logits become softmax − onehot, the gradient, where they lie."""
+    if with_grads and cross_entropy_kernel(logits_nV.device):
+        return loss_and_grad_(logits_nV, targets_n)
     if torch.compiler.is_compiling():  # it makes one kernel of all rows without our help
         return _fusible(logits_nV, targets_n) if with_grads else _losses(logits_nV, targets_n)
     rows = max(1, CACHE_BYTES[logits_nV.device.type] // (4 * logits_nV.size(1)))
@@ -92,6 +98,18 @@ def _loss_and_grad_(logits_nV: Tensor, targets_n: Tensor, with_grads: bool) -> T
         losses.append(lse_m - z_mV.gather(1, targets_m1).squeeze(1))
         part_mV.copy_(p_mV.scatter_add_(1, targets_m1, p_mV.new_full(targets_m1.shape, -1)))
     return torch.cat(losses)
+
+
+@partial(operator, changes=("logits",))
+def loss_and_grad_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses (n,) fp32 of logits (n, V), which become their gradient where they lie."""
+    losses: Tensor = cross_entropy_kernel(logits.device)(logits, targets)
+    return losses
+
+
+@loss_and_grad_.register_fake
+def _(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.new_empty(len(logits), dtype=torch.float32)
 
 
 def _losses(logits_nV: Tensor, targets_n: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, S cached and new positions, C width, H heads, D = C/H head width, F = D/2 rotary pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ def once(given: Any) -> Any:
     return in_memory(given) if is_shared and torch.compiler.is_compiling() else given
 
 
-def operator(function: Callable[..., Any]) -> Any:
-    """`function` as an operator of torch's, carope::NAME, that a compiler does not look into.
+def operator(function: Callable[..., Any], changes: Sequence[str] = ()) -> Any:
+    """`function` as an operator of torch's, carope::NAME, that a compiler does not look into; it writes to arguments `changes`.
 
     Another copy of this code in the process, as an export brings along, gets a name of its own, NAME_2 and so on: to define a
     name anew frees what the first copy still calls.
@@ -47,7 +47,7 @@ def operator(function: Callable[..., Any]) -> Any:
     while hasattr(torch.ops.carope, name):
         n += 1
         name = f"{function.__name__}_{n}"
-    return torch.library.custom_op(f"carope::{name}", function, mutates_args=())
+    return torch.library.custom_op(f"carope::{name}", function, mutates_args=changes)
 
 
 @operator

@@ -17,6 +17,20 @@ ROOT = Path(__file__).parent.parent
 os.environ.update(WANDB_SILENT="true")
 
 
+class AtOnce:
+    """Says why a test failed as soon as it has: minutes on a GPU can be over before pytest sums up."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Under -vv, in the process that prints."""
+    if config.option.verbose >= 2 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce())
+
+
 def run_command(*args: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository with this Python; stdout and stderr are captured."""
     env = os.environ | kwargs.pop("env", {})

@@ -70,7 +70,7 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     assert files == sorted(["gpu-bench.json", "gpu-profile.txt", "gpu-tests.txt", *labs]) and len(files) < 8
     found = json.loads((out / "gpu-bench.json").read_text())
     assert found["failed"] == {} and found["git"] == "a" * 40
-    assert set(found["stages"]) == {"machine", "correctness", "speed", "rotary", "lab-gpu", "lab-gpu-tiny"}
+    assert set(found["stages"]) == {"machine", "correctness", "speed", "lab-gpu", "lab-gpu-tiny"}
     tests, speed = found["stages"]["correctness"], found["stages"]["speed"]
     assert tests["passed"] >= 4 and tests["not_passed"] == []
     assert {row["config"] for row in found["results"]} == {"small-rope", "small-carope", "tiny-rope"}

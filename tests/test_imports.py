@@ -21,8 +21,11 @@ LAYERS = [
     {"analyze", "bench", "lab", "table1"},
     {"report"},
 ]
-# kernels/support.py imports the first three where Triton is there and asked for, transformers the others
-ON_DEMAND = {"key_bias_tiles.py", "rotary.py", "rotary_tiles.py", "configuration_carope.py", "modeling_carope.py"}
+# kernels/support.py imports the first four where Triton is there and wanted, transformers the others
+ON_DEMAND = {
+    "cross_entropy_tiles.py", "key_bias_tiles.py", "rotary.py", "rotary_tiles.py", "configuration_carope.py",
+    "modeling_carope.py",
+}  # fmt: skip
 RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
 
 

@@ -204,7 +204,15 @@ def test_a_kernel_is_given_to_those_alone_whose_frequency_says_it_all():
     given = [name for name, one in ENCODINGS.items() if rotation_kernel("triton", one)]
     assert given == ["rope", *(name for name in ENCODINGS if name.startswith("carope"))]
     assert rotation_kernel("triton", HalfRoPE) is None
-    assert not [name for name, one in ENCODINGS.items() if rotation_kernel("auto", one) or rotation_kernel("eager", one)]
+    assert not [name for name, one in ENCODINGS.items() if rotation_kernel("eager", one)]
+
+
+def test_auto_is_the_kernel_where_there_is_a_cuda_device(monkeypatch):
+    """Not under the interpreter, which would take hundreds of times as long for whoever did not ask for it."""
+    for has_cuda, interprets, wanted in ((True, False, Rotation), (True, True, None), (False, False, None)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=has_cuda: found)
+        monkeypatch.setattr("kernels.support.interpreted", lambda found=interprets: found)
+        assert rotation_kernel("auto", RoPE) is wanted and rotation_kernel("eager", RoPE) is None
 
 
 def test_refusals_are_one_line_before_anything_starts(small, tmp_path):
