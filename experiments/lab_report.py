@@ -1,6 +1,6 @@
 """What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure.
 
-python -m experiments.lab_report    puts results/lab-cpu.json and intervene-cpu.json into docs/findings.md
+python -m experiments.lab_report    puts results/lab-cpu.json, intervene-cpu.json, lab-gpu.npz into docs/findings.md
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from config import FREE_ON_RESUME, Config
+from evaluation.documents import Losses, load
 from experiments.plan import ROOT, Entry
 from positional import ENCODINGS
 from system.errors import UserError
@@ -241,6 +242,31 @@ def render_interventions(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\nMean ± standard error over {min(n.values())} runs each.\n"
 
 
+def render_documents(losses: Losses) -> str:
+    """A row per run: its perplexity at each length, and how many nats a token it is behind the first, over the same documents.
+
+    The error is that of a ratio of sums over documents (Cochran, Sampling Techniques, 3rd ed., eq. 6.13): it says how well
+    these documents stand for others, and nothing of other seeds.
+    """
+    heads, tokens_D = [f"{length:,}" for length in losses.lengths], losses.tokens
+    n, total = len(tokens_D), tokens_D.sum()
+    rule = "|---|" + "---:|" * len(heads)
+    first, second = (
+        [f"| perplexity | {' | '.join(heads)} |", rule],
+        [f"| − {losses.runs[0]}, nats | {' | '.join(heads)} |", rule],
+    )
+    for i, run in enumerate(losses.runs):
+        cells = [f"{math.exp(sums_D.sum() / total):.3f}" for sums_D in losses.loss[i]]
+        first.append(f"| {run} | {' | '.join(cells)} |")
+        cells = []
+        for difference_D in losses.loss[i] - losses.loss[0]:
+            mean = difference_D.sum() / total
+            error = math.sqrt(((difference_D - mean * tokens_D) ** 2).sum() * n / (n - 1)) / total
+            cells.append(f"{mean:+.4f} ± {error:.4f}")
+        second += [f"| {run} | {' | '.join(cells)} |"] if i else []
+    return "\n".join([*first, "", *second]) + f"\n\n{n} documents, {total:,} tokens; ± is the standard error over documents.\n"
+
+
 REPLACED = {
     "shuffle": "of other tokens of the window",
     "other": "of another window",
@@ -252,7 +278,8 @@ REPLACED = {
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
     lab, interventions = (json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("lab", "intervene"))
-    return {"lab": render(lab), "intervene": render_interventions(interventions)}
+    gpu = render_documents(load(ROOT / "results/lab-gpu.npz"))
+    return {"lab": render(lab), "intervene": render_interventions(interventions), "lab-gpu": gpu}
 
 
 def write_page() -> None:

@@ -71,8 +71,6 @@ def _by_key(c_BHS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _by_distance(table_HS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     T, S = q.size(2), k.size(2)
-    if fuses(q) and T == S:
-        return flex(table_HS, q, k, v)
     pos_S = torch.arange(S, device=q.device)
     return _in_blocks(lambda t, s: table_HS[:, (pos_S[S - T :][t, None] - pos_S[s]).clamp(min=0)][None], q, k, v)
 
@@ -102,30 +100,6 @@ def _in_blocks(bias: Callable[[slice, slice], Tensor], q: Tensor, k: Tensor, v: 
 
 def _block(bias: Callable[[slice, slice], Tensor], t: slice, s: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q, k, v, bias(t, s))
-
-
-def fuses(q: Tensor) -> bool:
-    """Whether FlexAttention is one kernel here, and not the T × S matrix that it is in eager mode."""
-    return q.is_cuda and torch.compiler.is_compiling() and q.size(3) >= 16
-
-
-def grown(table_HS: Tensor, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The logit of query i and key j in head h with its bias: FlexAttention's `score_mod`."""
-    return score + table_HS[h, (i - j).clamp(min=0)]
-
-
-def flex(table_HS: Tensor, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-    """Causal attention that reads what a logit grows by from a table of heads and distances, in FlexAttention's kernel."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return i >= j
-
-    T = q_BHTD.size(2)
-    mask = create_block_mask(sees, None, None, T, T, device=q_BHTD.device)
-    y_BHTD = flex_attention(q_BHTD, k_BHTD, v_BHTD, score_mod=partial(grown, table_HS), block_mask=mask)
-    assert isinstance(y_BHTD, Tensor)
-    return y_BHTD
 
 
 def _by_weights(

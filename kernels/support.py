@@ -35,7 +35,7 @@ def rotation_kernel(kernel: str, encoding: type[PositionalEncoding]) -> Any:
     """kernels.rotary.Rotation where the configuration's `kernel` wants it and it does what `encoding` does; else None.
 
     "auto" wants it where there is a CUDA device: on an H100 it makes GPT-Small's step 6 % shorter with RoPE and 11 % with
-    CARoPE (results/gpu-bench-first.json). It does what `frequency` says; in a subclass that says more of rotation but not that,
+    CARoPE (results/gpu-bench-h100.json). It does what `frequency` says; in a subclass that says more of rotation but not that,
     it would do what the parent does. None without Triton, too: what was trained with a kernel is evaluated anywhere.
     """
 

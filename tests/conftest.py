@@ -20,15 +20,19 @@ os.environ.update(WANDB_SILENT="true")
 class AtOnce:
     """Says why a test failed as soon as it has: minutes on a GPU can be over before pytest sums up."""
 
+    def __init__(self, config: pytest.Config) -> None:
+        self.terminal = config.pluginmanager.getplugin("terminalreporter")
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
+            self.terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
 
 
+@pytest.hookimpl(trylast=True)  # when there is a terminal to write to
 def pytest_configure(config: pytest.Config) -> None:
     """Under -vv, in the process that prints."""
-    if config.option.verbose >= 2 and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(AtOnce())
+    if config.option.verbose > 0 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(AtOnce(config))
 
 
 def run_command(*args: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess[str]:

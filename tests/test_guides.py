@@ -21,4 +21,4 @@ def test_the_predicted_table_is_the_models():
     from benchmarks.scaling_report import blocks
 
     assert f"<!-- table1 -->\n{blocks()['table1']}<!-- end -->" in PAGES["reproduce"]
-    assert "15.4 h on two H100s, predicted" in PAGES["reproduce"] and "15.4 h | 30.8" in blocks()["table1"]
+    assert "15.0 h on two H200s, predicted" in PAGES["reproduce"] and "15.0 h | 29.9" in blocks()["table1"]

@@ -9,7 +9,7 @@ from test_positional import build, tokens
 from kernels import attention as attention_module
 from kernels import bias as bias_module
 from kernels.attention import _with_columns, key_columns
-from kernels.bias import attention_of, flex, grown
+from kernels.bias import attention_of
 from positional.base import round_to_bf16
 
 
@@ -138,21 +138,6 @@ def test_attention_in_blocks_is_that_of_the_whole_bias(encoding, T, monkeypatch)
 
     for found, wanted in zip(run(ours), run(whole), strict=True):
         torch.testing.assert_close(found.double(), wanted.double(), atol=2e-4, rtol=1e-3)
-
-
-def test_flex_attention_reads_the_table():
-    table, inputs = torch.randn(2, 40, generator=torch.Generator().manual_seed(8)), qkv(40, 40)
-    distance = (torch.arange(40)[:, None] - torch.arange(40)).clamp(min=0)
-    torch.testing.assert_close(flex(table, *inputs).double(), written_out(*inputs, table[:, distance]), atol=1e-5, rtol=1e-4)
-
-
-def test_what_flex_attention_reads_has_gradients():
-    """On a CPU FlexAttention has no backward pass, what it does to a logit has."""
-    table = torch.randn(2, 40).requires_grad_()
-    scores, (h, i, j) = torch.randn(2, 40, 40), torch.meshgrid(*(torch.arange(n) for n in (2, 40, 40)), indexing="ij")
-    (grown(table, scores, h, h, i, j).tril() * scores).sum().backward()
-    wanted = [[scores[h].diagonal(-d).sum() for d in range(40)] for h in range(2)]
-    torch.testing.assert_close(table.grad, torch.tensor(wanted), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("encoding", ["t5", "fire"])

@@ -58,7 +58,7 @@ def test_the_estimated_hours_are_those_of_the_dry_run():
     tiny, small = (hours_from(cfgs[0], 0, 2) for cfgs in sizes.values())
     total = {gpus: sum(hours_from(cfg, 0, gpus) for cfgs in sizes.values() for cfg in cfgs) for gpus in (1, 2, 8)}
     dollars = {gpus: f"${hours * gpus * Machine.dollars:.0f}" for gpus, hours in total.items()}
-    assert f"GPT-Tiny {tiny:.1f} hours a run, GPT-Small {small:.1f}, all eight {total[2]:.1f}, on two H100s" in README
+    assert f"GPT-Tiny {tiny:.1f} hours a run, GPT-Small {small:.1f}, all eight {total[2]:.1f}, on two H200s" in README
     assert (
         f"{total[1]:.1f} on one, {total[8]:.1f} on eight ({dollars[1]} to {dollars[8]} at ${Machine.dollars:.2f} per" in README
     )
