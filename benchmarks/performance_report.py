@@ -142,14 +142,18 @@ def render_targets() -> str:
     return "\n".join(lines) + "\n"
 
 
+def timing(one: dict[str, Any], name: str | None, digits: int) -> str:
+    """The cells of a candidate of this name, or of a peer: milliseconds with `digits` decimals, tokens/s, share of matmul."""
+    share = f"{one['mfu_measured']:.1%}" if "mfu_measured" in one else "–"
+    spread = " | ".join(f"{one[key]:,.{digits}f}" for key in ("ms_median", "ms_p10", "ms_p90"))
+    return f"| {name or one['peer']} | {spread} | {one['tokens_per_second']:,.0f} | {share}"
+
+
 def render_training() -> str:
     """A row per encoding and peer of results/bench-train-cpu.json."""
     found = result("train-cpu")
     lines = ["| | ms | p10 | p90 | tokens/s | of the matmul rate |", "|---|---:|---:|---:|---:|---:|"]
-    for one in [*found["results"], *found["peers"]]:
-        share = f"{one['mfu_measured']:.1%}" if "mfu_measured" in one else "–"
-        spread = " | ".join(f"{one[key]:,.0f}" for key in ("ms_median", "ms_p10", "ms_p90", "tokens_per_second"))
-        lines.append(f"| {one.get('encoding', one.get('peer'))} | {spread} | {share} |")
+    lines += [f"{timing(one, one.get('encoding'), 0)} |" for one in [*found["results"], *found["peers"]]]
     return "\n".join(lines) + f"\n\n{source(found)}\n"
 
 
@@ -157,12 +161,9 @@ def render_gpu() -> str:
     """A table for each GPU: a row per candidate and peer, as they were timed together."""
     parts = []
     for name in ("gpu-bench-h100", "gpu-bench"):
-        found, lines = result(name), []
-        for one in [*found["results"], *found["peers"]]:
-            share = f"{one['mfu_measured']:.1%}" if "mfu_measured" in one else "–"
-            spread = " | ".join(f"{one[key]:,.1f}" for key in ("ms_median", "ms_p10", "ms_p90"))
-            cells = (f"{one['tokens_per_second']:,.0f}", share, f"{one['peak_memory_bytes'] / 1e9:.1f}")
-            lines.append(f"| {one.get('candidate', one.get('peer'))} | {spread} | {' | '.join(cells)} |")
+        found = result(name)
+        every = [*found["results"], *found["peers"]]
+        lines = [f"{timing(one, one.get('candidate'), 1)} | {one['peak_memory_bytes'] / 1e9:.1f} |" for one in every]
         head = f"| {found['device']} | ms | p10 | p90 | tokens/s | of the matmul rate | GB |\n|---|{'---:|' * 6}"
         parts.append("\n".join([head, *lines, "", source(found)]))
     return "\n\n".join(parts) + "\n"

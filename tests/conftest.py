@@ -42,6 +42,15 @@ def run_command(*args: object, timeout: float = 300, **kwargs) -> subprocess.Com
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
 
 
+def sizes_compiled(script: str, folder: Path, *args: object) -> list[int]:
+    """What `script` prints, bytes of machine code each, run where Triton compiles for an H100 and does not interpret."""
+    path = folder / "compile_kernels.py"
+    path.write_text(script)
+    done = run_command(path, *args, env={"TRITON_INTERPRET": "0", "PYTHONPATH": ".", "TRITON_CACHE_DIR": str(folder)})
+    assert done.returncode == 0, done.stderr
+    return [int(size) for size in done.stdout.split()]
+
+
 def keep_remote_code(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Have transformers keep the code beside weights in `folder`, and no module of it outlive the test."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))

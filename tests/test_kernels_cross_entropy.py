@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import sizes_compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -96,7 +96,4 @@ print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_the_kernel_compiles_for_an_h100_on_any_machine(tmp_path):
-    script = tmp_path / "compile_kernel.py"
-    script.write_text(COMPILE)
-    done = run_command(script, env={"TRITON_INTERPRET": "0", "PYTHONPATH": ".", "TRITON_CACHE_DIR": str(tmp_path)})
-    assert done.returncode == 0 and int(done.stdout) > 1000, done.stderr
+    assert [size > 1000 for size in sizes_compiled(COMPILE, tmp_path)] == [True]
