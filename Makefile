@@ -8,7 +8,7 @@ LAB_JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 # On a machine that others use too, threads that spin for each other long hold up each other
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-all lab lab-gpu faults soak gpu clean-demo
+.PHONY: help demo test test-slow test-all lab lab-gpu faults soak gpu clean-demo
 
 help: ## these lines
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -24,14 +24,18 @@ demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, fi
 	@echo "      $(PY) table1.py --dry_run                                     what the paper's own table takes"
 	@echo "      $(PY) report.py runs/demo-* -o report.html                    curves, tables and samples of the runs on one page"
 
-test: $(VENV)/.installed-dev ## the tests, without the slow ones
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test: $(VENV)/.installed-dev ## style, types and the tests but the slow ones: five minutes on two cores
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.installed-dev ## all tests
-	$(PY) -m pytest
+test-slow: $(VENV)/.installed-dev ## what takes longer: more faults, kernels compiled for a GPU, benchmarks at toy size
+	$(PYTEST) -m "slow and not soak"
+
+test-all: test test-slow ## both
 
 lab: $(VENV)/.installed ## every encoding with three seeds on this CPU, hours that may be interrupted: runs/lab.md
 	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo

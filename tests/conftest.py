@@ -1,20 +1,30 @@
 """Shared pieces: a small tokenized corpus, a small configuration, and commands run as a user runs them."""
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 pytest_plugins = ["fault_report"]
 ROOT = Path(__file__).parent.parent
-os.environ.update(WANDB_SILENT="true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it comes; several tests run at a time
+os.environ.update(WANDB_SILENT="true", WANDB__SERVICE_WAIT="300")
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it comes
 
 
 class AtOnce:
@@ -35,11 +45,34 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(AtOnce(config))
 
 
-def run_command(*args: object, timeout: float = 300, **kwargs) -> subprocess.CompletedProcess[str]:
+@cache
+def fork_server() -> list[str]:
+    """The words before those of a script that have it run in a process forked from one that has torch (fork_server.py)."""
+    folder = tempfile.mkdtemp()
+    client = [sys.executable, "-S", "-E", str(ROOT / "tests/fork_server.py"), f"{folder}/socket"]
+    server = subprocess.Popen([sys.executable, *client[3:]], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout and server.stdin and server.stdout.readline() == "ready\n"
+
+    def end() -> None:
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(folder)
+
+    atexit.register(end)
+    return client
+
+
+# Read when Python or a library starts, which in the fork server is over
+AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "GOMP_", "MALLOC_", "THP_", "TORCH", "PYTORCH", "TRITON_", "MPL", "HOLD")
+
+
+def run_command(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository with this Python; stdout and stderr are captured."""
-    env = os.environ | kwargs.pop("env", {})
-    command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
+    env = kwargs.pop("env", {})
+    is_plain = (args[0] == "-m" or not str(args[0]).startswith("-")) and "preexec_fn" not in kwargs
+    changed = [name for name, value in env.items() if name.startswith(AT_START) and os.environ.get(name) != value]
+    python = fork_server() if is_plain and not changed and hasattr(os, "fork") else [sys.executable]
+    return subprocess.run([*python, *map(str, args)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, **kwargs)
 
 
 def sizes_compiled(script: str, folder: Path, *args: object) -> list[int]:
@@ -61,24 +94,45 @@ def keep_remote_code(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str]:
     """Run a script of the repository on `n` gloo ranks."""
-    env = {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, env=env, **kwargs)
+    return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, **kwargs)
 
 
 def start_command(*args: object, **kwargs) -> subprocess.Popen[str]:
     """Start a script of the repository in a process group of its own; stderr is captured."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+    env = os.environ | kwargs.pop("env", {})
     command = [sys.executable, *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
 
 
-def wait_until(child: subprocess.Popen[str], condition: Callable[[], object], seconds: float = 120) -> None:
-    """Return once `condition` holds; it must come to hold in time, while the child lives."""
-    deadline = time.monotonic() + seconds
+def wait_until(child: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Return once `condition` holds; it must come to hold while the child lives."""
     while not condition():
         assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class Hold:
+    """A point at which one process of a command waits for the test: before call number `nth` of `where`, "module:function".
+
+    However fast or slow the machine is, what the test does between `reached` and `release` comes at that point.
+    """
+
+    def __init__(self, folder: Path, where: str, nth: int = 1) -> None:
+        """`folder` gets two empty files."""
+        self._held = folder / f"held-{where.rpartition(':')[2]}-{nth}"
+        self.env = {"HOLD": f"{where} {nth} {self._held}", "PYTHONPATH": str(ROOT / "tests/hold")}
+
+    def is_reached(self) -> bool:
+        """Whether a process has come there."""
+        return self._held.exists()
+
+    def reached(self, child: subprocess.Popen[str]) -> None:
+        """Return once the process waits there."""
+        wait_until(child, self.is_reached)
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._held.with_name(f"{self._held.name}.go").touch()
 
 
 def logged(folder: Path) -> int:

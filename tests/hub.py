@@ -85,14 +85,8 @@ def start(*args, env=None, constants=None, **options):
 
 def run(*args, **options):
     process = start(*args, **options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     return process.returncode, out, err
-
-
-def wait_for(process, condition):
-    while process.poll() is None and not condition():
-        time.sleep(0.002)
-    return process.poll() is None
 
 
 # ---- the hub
@@ -106,6 +100,7 @@ class Fault(NamedTuple):
     cut: int | None = None  # the connection ends after so many bytes of the body,
     reset: bool = False  # by a reset
     hang: bool = False  # or not at all, but nothing more comes
+    slow: bool = False  # or the rest comes at twenty bytes a second, for as long as a test may take
     length: int | None = None  # only so many bytes are sent, and Content-Length says the same
     corrupt: bool = False  # one bit of what is sent is wrong
     ignore_range: bool = False  # the whole body, whatever was asked for
@@ -132,12 +127,11 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.watched, self.downloads, self.on_disk, self.status = files, watched, [], [], None
         self.repo, self.folder = repo, folder
-        self.tokens, self.head, self.gate = set(), COMMIT, threading.Event()
+        self.tokens, self.head = set(), COMMIT
         self.checksums, self.cdn = True, None  # whether the listing has them; the host that files are redirected to
         self.faults: dict[str, list[Fault]] = {}
         self.always: dict[str, Fault] = {}
         self.requests: list[Request] = []
-        self.gate.set()
 
     @property
     def env(self):
@@ -192,7 +186,6 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if body:
             hub.downloads.append(name)
             hub.on_disk.append(sorted(p.name for p in hub.watched.rglob("*.parquet")))
-            hub.gate.wait(20)
         data, start = hub.files[name], 0 if fault.ignore_range else start
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         if start:
@@ -218,6 +211,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             data = data[:50] + bytes([data[50] ^ 1]) + data[51:]
         if body:
             self.wfile.write(data[: fault.cut])
+        for byte in data[fault.cut :] if fault.slow else ():
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
         if fault.hang:
             self.rfile.read(1)  # until the client leaves
         if fault.reset:

@@ -13,7 +13,7 @@ SPREAD = {"n", "ms_median", "ms_p10", "ms_p90", "tokens_per_second"}
 
 
 def last_line(*words: object) -> dict:
-    done = run_command("bench.py", *words, env={"OMP_NUM_THREADS": "1"})
+    done = run_command("bench.py", *words)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -63,7 +63,7 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     assert packed.returncode == 0 and "text.jsonl.xz" in packed.stdout, packed.stderr
 
     out, plan = tmp_path / "out", ["-m", "benchmarks.gpu", "--rehearse", "--kit", kit, "--work", tmp_path / "work", "--out"]
-    done = run_command(*plan, out, env=bare | {"CAROPE_COMMIT": "a" * 40}, timeout=800)
+    done = run_command(*plan, out, env=bare | {"CAROPE_COMMIT": "a" * 40})
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
     labs = [f"{name}.{kind}" for name in ("lab-gpu", "lab-gpu-tiny") for kind in ("json", "npz")]
@@ -80,7 +80,7 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     assert len(losses.runs) == 2 and losses.about.min_document_tokens == 64 and (losses.tokens >= 64).all()
 
     again = tmp_path / "again"
-    done = run_command(*plan, again, "--only", "lab", env=bare, timeout=800)
+    done = run_command(*plan, again, "--only", "lab", env=bare)
     assert done.returncode == 0 and done.stdout.count("has 2 of the 2 runs already") == 2, done.stdout + done.stderr
     assert sorted(path.name for path in again.iterdir()) == sorted(labs)
     assert json.loads((again / "lab-gpu.json").read_text())["runs"] == json.loads((out / "lab-gpu.json").read_text())["runs"]
@@ -105,9 +105,7 @@ def test_a_stage_is_ended_with_all_that_it_has_started(tmp_path):
     end(child)
     grandchild = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
     assert child.returncode == -15
-    deadline = time.monotonic() + 60
     while grandchild.exists() and "State:\tZ" not in grandchild.read_text():
-        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -138,7 +136,6 @@ esac
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     sampler, begin = Sampler(), time.monotonic()
     while sampler.summary(begin)["samples"] < 2:
-        assert time.monotonic() < begin + 60
         time.sleep(0.05)
     sampler.close()
     found = sampler.summary(begin)

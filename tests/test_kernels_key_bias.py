@@ -1,6 +1,5 @@
 """The kernels for the gradient of a bias by keys, interpreted or on a GPU compiled, against autograd in float64."""
 
-import os
 import sys
 
 import pytest
@@ -11,8 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels.key_bias import in_blocks, key_bias_gradient

@@ -4,7 +4,6 @@ What CUDA alone can show (the compiled kernels' numbers) is skipped without it, 
 """
 
 import math
-import os
 import sys
 
 import pytest
@@ -13,8 +12,6 @@ from conftest import run_command, sizes_compiled
 from torch import Tensor
 
 HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from config import load_config

@@ -5,14 +5,17 @@ import math
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import Hold, run_command
 
 import lab
 from evaluation.documents import load
+from experiments import jobs
 from experiments.lab_report import mean_and_error, render, summarize
 from system.errors import EXIT_REQUEUE, UserError
 
@@ -92,21 +95,24 @@ def test_it_goes_on_from_its_results_when_the_runs_are_gone(words, tmp_path):
     assert refused.returncode == 2 and "not a report of lab.py" in refused.stderr and out.read_text() == "[]"
 
 
-@pytest.mark.slow
-def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp_path):
-    words = [*words, "--steps=3000", "--eval_every=3000", "--warmup_steps=0", "--save_every=3000", "--log_every=1"]
-    states: list[Path] = []
-    for tenths in range(1, 10):  # of a minute: on any machine one of them ends in the middle of a run
-        if not states:
-            done = run_command(*words, "--minutes", tenths / 10)
-            assert done.returncode == EXIT_REQUEUE and "the same command goes on" in done.stdout, done.stderr
-            states = [*(tmp_path / "lab-rope-s2/checkpoints").glob("step_*/state.json")]
-    assert 0 < json.loads(states[0].read_text())["step"] < 3000
-    for _ in range(20):
-        if run_command(*words, "--minutes", "0.5").returncode == 0:
-            break
+def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp_path, monkeypatch):
+    """By a clock that stands still until the run of the first encoding is in its third step, and then is far ahead."""
+    words.append("--log_every=1")
+    hold, stop = Hold(tmp_path, "training.step:update", 3), jobs.Job.stop
+    clock = SimpleNamespace(monotonic=lambda: 1e9 if hold.is_reached() else 0.0, sleep=time.sleep)
+    for name, value in hold.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "time", clock)
+    monkeypatch.setattr(jobs.Job, "stop", lambda job: (stop(job), hold.release()))
+    monkeypatch.setattr(sys, "argv", [*words, "--minutes", "1000"])
+    with pytest.raises(SystemExit) as left:
+        lab.main()
+    assert left.value.code == EXIT_REQUEUE
+    assert [path.name for path in (tmp_path / "lab-rope-s2/checkpoints").iterdir()] == ["step_000003"]
+    again = run_command(*words)
+    assert again.returncode == 0, again.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "lab-rope-s2/log.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == list(range(3001))
+    assert sorted(set(steps)) == list(range(5))
     assert len(json.loads((tmp_path / "lab.json").read_text())["runs"]) == 4
 
 

@@ -113,7 +113,7 @@ def run_line(monkeypatch, capfd, line: str) -> None:
         command = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
         if "pytest" in words:  # the tests have their turn elsewhere
             command += ["--collect-only", "--rootdir", ROOT]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     else:
         assert program == "python", f"{line}: not known how to run it"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command, start_command, wait_until
+from conftest import ROOT, Hold, run_command, start_command
 
 import table1
 from experiments import needs, trial
@@ -34,7 +34,7 @@ def plan(words: list[str], *encodings: str) -> list[table1.Entry]:
 
 def test_two_ranks_by_the_command(words, tmp_path):
     (tmp_path / "tmp").mkdir()
-    env = {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
+    env = {"TMPDIR": str(tmp_path / "tmp")}
     command = ["table1.py", "--nproc", 2, "--preflight", "--sizes", "demo", "--encodings", "rope", "carope_hidden"]
     done = run_command(*command, *words, "--json", tmp_path / "out.json", env=env)
     assert done.returncode == 0 and done.stderr == ""
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_found_and_the_others_go_on(words, tmp_path):
     """Rank 1 of one run has not the memory, of another it goes astray; the disk is small; there are no data."""
     out = tmp_path / "out.json"
     command = [FAULTS, "--preflight", "--sizes", "demo", "--encodings", "learned", "nope", "rope", *words, "--json", out]
-    done = run_command("launch.py", "--nproc_per_node=2", *command, f"--data={tmp_path / 'no'}", env={"OMP_NUM_THREADS": "1"})
+    done = run_command("launch.py", "--nproc_per_node=2", *command, f"--data={tmp_path / 'no'}")
     assert done.returncode == 2 and done.stderr.startswith("error: not ready: ") and done.stderr.count("\n") == 1, done.stderr
     found = json.loads(out.read_text())
     learned, nope, rope = found["results"]
@@ -93,14 +93,15 @@ def test_what_is_wrong_is_found_and_the_others_go_on(words, tmp_path):
     assert list(tmp_path.iterdir()) == [out] and "checkpoint" not in rope
 
 
-def test_a_signal_leaves_nothing_behind(words, tmp_path):
-    """Twelve runs, so that it comes before the last of them."""
-    encodings = ["rope", "carope", "nope", "alibi"]
-    command = ["--nproc", "2", "--preflight", "--sizes", "demo", "lab", "tiny", "--encodings", *encodings, *words]
-    child = start_command("table1.py", *command)
-    wait_until(child, (tmp_path / "new/runs" / FOLDER).exists)
+def test_a_signal_leaves_nothing_behind(words, tmp_path, tmp_path_factory):
+    """In the second of two runs: the folder of the first one's checkpoint is there."""
+    hold = Hold(tmp_path_factory.mktemp("hold"), "experiments.trial:take_steps", 2)
+    command = ["--nproc", "2", "--preflight", "--sizes", "demo", "--encodings", "rope", "carope", *words]
+    child = start_command("table1.py", *command, env=hold.env)
+    hold.reached(child)
+    assert (tmp_path / "new/runs" / FOLDER).exists()
     child.send_signal(signal.SIGTERM)
-    stderr = child.communicate(timeout=120)[1]
+    stderr = child.communicate()[1]
     assert child.returncode == 75 and "Traceback" not in stderr
     assert not list(tmp_path.iterdir())
 

@@ -17,11 +17,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Hold, wait_until
 from hub import (
     COMMIT,
     FOLDER,
     REPO,
     ROOT,
+    Fault,
     bytes_reference,
     contents,
     gpt2_reference,
@@ -30,7 +32,6 @@ from hub import (
     run,
     serving,
     start,
-    wait_for,
     write_parquet,
 )
 from hypothesis import HealthCheck, given, settings
@@ -205,26 +206,26 @@ def test_demo(tmp_path):
 # ---- interruptions
 
 
-def shards_done(out):
-    try:
-        return len(json.loads((out / ".progress.json").read_text())["shards"])
-    except FileNotFoundError:
-        return -1
+APPEND = "text.token_stream:ShardFolder.append"  # a batch of 60,000 tokens
+MOMENTS = {
+    "nothing is written yet": ("text.token_stream:write_json", 1),
+    "the first shard is begun": ("text.shards:ShardWriter.write", 1),
+    "a shard is whole, but not yet in its place": ("text.shards:fsync_folder", 3),
+    "a shard is in its place, but not yet on record": ("text.token_stream:write_json", 5),
+    "all is encoded, the last shard is not closed": ("text.token_stream:ShardFolder.close", 1),
+}
 
 
 def test_killed_at_any_moment_and_started_again(long_source, long_result, tmp_path):
-    out, draw = tmp_path / "out", random.Random(1)
+    out = tmp_path / "out"
     args = ("--source", long_source, "--out", out, "--workers", 2, *LONG)
-    kills = 0
-    for n_shards in (-1, 0, 3, 8):
-        process = start(*args)
-        reached = (lambda: out.exists()) if n_shards < 0 else (lambda n=n_shards: shards_done(out) >= n)
-        if wait_for(process, reached):
-            time.sleep(draw.random() * 0.2)
-            process.send_signal(signal.SIGKILL)
+    for moment, (where, nth) in MOMENTS.items():
+        hold = Hold(tmp_path, where, nth)
+        process = start(*args, env=hold.env)
+        hold.reached(process)
+        process.kill()
         process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2
+        assert not (out / "manifest.json").exists(), moment
     (out / ".train_000099.bin.tmp").write_bytes(b"left by a kill")
     rc, _, err = run(*args)
     assert rc == 0, err
@@ -232,9 +233,9 @@ def test_killed_at_any_moment_and_started_again(long_source, long_result, tmp_pa
 
 
 def test_a_lost_shard_is_made_again(long_source, long_result, tmp_path):
-    out = tmp_path / "out"
-    process = start("--source", long_source, "--out", out, *LONG)
-    assert wait_for(process, lambda: shards_done(out) >= 4)
+    out, hold = tmp_path / "out", Hold(tmp_path, APPEND, 12)
+    process = start("--source", long_source, "--out", out, *LONG, env=hold.env)
+    hold.reached(process)
     process.kill()
     process.communicate()
     (out / "train_000002.bin").write_bytes(b"damaged")
@@ -253,16 +254,12 @@ def test_local_files_keep_one_token_in_a_hundred_for_validation(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_cleanly(long_source, long_result, tmp_path, number, code):
-    out = tmp_path / "out"
+    out, hold = tmp_path / "out", Hold(tmp_path, APPEND, 8)
     args = ("--source", long_source, "--out", out, *LONG)
-    for _ in range(5):  # on a busy machine it may be done before the signal is there
-        process = start(*args)
-        assert wait_for(process, lambda: shards_done(out) >= 2)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=20)
-        if process.returncode != 0:
-            break
-        shutil.rmtree(out)
+    process = start(*args, env=hold.env)
+    hold.reached(process)
+    process.send_signal(number)
+    _, err = process.communicate()
     assert process.returncode == code
     assert "the same command continues" in err.splitlines()[-1]
     assert "Traceback" not in err
@@ -273,9 +270,9 @@ def test_signals_leave_cleanly(long_source, long_result, tmp_path, number, code)
 
 
 def test_two_at_once(long_source, tmp_path):
-    out = tmp_path / "out"
-    process = start("--source", long_source, "--out", out, *LONG)
-    assert wait_for(process, lambda: shards_done(out) >= 0)
+    out, hold = tmp_path / "out", Hold(tmp_path, APPEND)
+    process = start("--source", long_source, "--out", out, *LONG, env=hold.env)
+    hold.reached(process)
     error = error_of("--source", long_source, "--out", out, *LONG)
     assert f"process {process.pid} on " in error and "prepare_fineweb.py" in error and "is at work there" in error
     process.terminate()
@@ -412,10 +409,9 @@ def test_help_is_quick():
 # ---- disk and memory
 
 
-def test_too_little_disk_is_seen_before(tmp_path):
-    with open(tmp_path / "a.txt", "wb") as file:
-        file.write("".join(TOPICS).encode() * 10)
-        file.truncate(10**13)
+def test_too_little_disk_is_seen_before(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(TOPICS) * 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**7, 0, 10**6))
     message = error_of("--source", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "bytes")
     assert "too little space" in message
     assert not (tmp_path / "out").exists()
@@ -492,14 +488,11 @@ def test_hub_files_come_one_at_a_time_and_go_again(hub, tmp_path):
 
 def test_hub_revision_is_pinned_through_a_kill(hub, tmp_path):
     env, names = {**hub.env, "HF_HOME": str(tmp_path / "home")}, sorted(n for n in hub.files if n.endswith("parquet"))
-    hub.gate.clear()
-    process = start(*SIZES, env=env, cwd=tmp_path)
-    assert wait_for(process, lambda: len(hub.downloads) == 1)
-    hub.gate.set()
-    assert wait_for(process, lambda: len(hub.downloads) == 2 and (hub.gate.clear() or True))
+    hub.faults[names[1]] = [Fault(cut=0, hang=True)]
+    process = start(*SIZES, env=env | {"HF_HUB_DOWNLOAD_TIMEOUT": "600"}, cwd=tmp_path)
+    wait_until(process, lambda: len(hub.downloads) == 2)
     process.kill()
     process.communicate()
-    hub.gate.set()
     hub.downloads.clear()
     hub.head = COMMIT[::-1]  # the dataset was changed meanwhile
     rc, _, err = run(*SIZES, env=env, cwd=tmp_path)

@@ -2,12 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import Hold, run_command, start_command
 
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
@@ -91,20 +88,18 @@ def test_a_folder_that_holds_another_run_is_planned_around_and_refused(words):
 @pytest.mark.slow
 def test_a_signal_stops_the_run_in_order_and_the_same_command_goes_on(words, tmp_path):
     words = [word for word in words if not word.startswith(("--steps", "--save_every", "--warmup"))]
-    words += ["--steps=300", "--save_every=1000", "--warmup_steps=0", "--eval_every=1000"]
-    child = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    log = tmp_path / "demo-rope/log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 5):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    words += ["--steps=30", "--save_every=1000", "--warmup_steps=0", "--eval_every=1000"]
+    hold, log = Hold(tmp_path, "training.step:update", 8), tmp_path / "demo-rope/log.jsonl"
+    child = start_command(*words, env=hold.env)
+    hold.reached(child)
     child.send_signal(signal.SIGTERM)
-    _, stderr = child.communicate(timeout=60)
+    hold.release()
+    _, stderr = child.communicate()
     assert child.returncode == 75 and "the same command goes on" in stderr and "Traceback" not in stderr
     done = run_command(*words)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line) and "lr" in line]
-    assert steps == list(range(300))
+    assert steps == list(range(30))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections import Counter
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 import wandb
 import wandb_server
-from conftest import logged, records, run_command, start_command, wait_until
+from conftest import Hold, logged, records, run_command, start_command
 
 from config import load_config
 from distributed import Distributed
@@ -31,7 +30,7 @@ from training.trackers import WANDB_ID, start_wandb, wandb_history
 from training.upload import COLUMNS, summary_key, tracked, upload
 
 WORDS = ["--encoding=carope", "--name=r"]
-LONGER = [*WORDS, "--micro_batch=16", "--steps=200", "--save_every=200", "--eval_every=100"]
+LONGER = [*WORDS, "--micro_batch=16", "--steps=40", "--save_every=40", "--eval_every=20"]
 LENGTHS = ["--lengths", "32", "64"]
 
 
@@ -81,11 +80,13 @@ def test_online_a_run_goes_on_under_its_id_and_gets_its_perplexities(small, tmp_
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path)
         words = [*small, *LONGER, "--wandb=online", "--wandb_project=p"]
-        child = start_command("train.py", *words, env=env)
-        wait_until(child, lambda: logged(tmp_path / "r") > 20)
+        hold = Hold(tmp_path, "training.step:update", 20)
+        child = start_command("train.py", *words, env=env | hold.env)
+        hold.reached(child)
         ((run_id, stored),) = server.runs.items()
         assert stored.exit_code is None
         child.send_signal(signal.SIGTERM)
+        hold.release()
         child.communicate()
         assert child.returncode == 75 and stored.exit_code is not None
         assert_has_log(stored, tmp_path / "r")
@@ -96,14 +97,14 @@ def test_online_a_run_goes_on_under_its_id_and_gets_its_perplexities(small, tmp_
         assert server.asked.count("RunResumeStatus") == 2 and stored.exit_code == 0
         assert (stored.project, stored.name) == ("p", "r")
         assert {key: stored.config[key]["value"] for key in ("encoding", "lr", "steps")} == {
-            "encoding": "carope", "lr": 0.01, "steps": 200
+            "encoding": "carope", "lr": 0.01, "steps": 40
         }  # fmt: skip
-        assert [row["step"] for row in stored.history if "lr" in row] == list(range(200))
+        assert [row["step"] for row in stored.history if "lr" in row] == list(range(40))
         assert_has_log(stored, tmp_path / "r")
 
         results = evaluate(tmp_path / "r", tmp_path / "r.json", env=env)
         assert_has_results(stored, results)
-        assert stored.exit_code == 0 and stored.summary["step"] == 200
+        assert stored.exit_code == 0 and stored.summary["step"] == 40
         assert_has_log(stored, tmp_path / "r")  # which the evaluation has not touched
         (artifact,) = server.artifacts.values()
         assert artifact.committed and (artifact.run, artifact.kind) == (run_id, "run_table")
@@ -142,14 +143,16 @@ def test_a_server_that_goes_away_stops_no_training(small, tmp_path):
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path) | {"WANDB_FINISH_TIMEOUT": "3"}
         words = [*small, *LONGER, "--wandb=online"]
-        child = start_command("train.py", *words, env=env)
-        wait_until(child, lambda: logged(tmp_path / "r") > 20)
+        hold = Hold(tmp_path, "training.step:update", 20)
+        child = start_command("train.py", *words, env=env | hold.env)
+        hold.reached(child)
         server.die()
-        _, stderr = child.communicate(timeout=60)
+        hold.release()
+        _, stderr = child.communicate()
     assert child.returncode == 0, stderr
-    assert [r["step"] for r in records(tmp_path / "r") if "lr" in r] == list(range(200))
+    assert [r["step"] for r in records(tmp_path / "r") if "lr" in r] == list(range(40))
     (stored,) = server.runs.values()
-    assert len(stored.history) < 200 and stored.exit_code is None
+    assert len(stored.history) <= 21 and stored.exit_code is None
 
 
 def test_a_start_with_a_wrong_key_is_one_line(small, tmp_path):
@@ -169,15 +172,13 @@ def test_a_start_that_cannot_be_is_given_up(tmp_path, monkeypatch, problem):
             server.listen()
         url, key = f"http://127.0.0.1:{server.getsockname()[1]}", "" if problem == "no key" else wandb_server.KEY
         wandb.teardown()  # it has read the environment and keeps it
-        settings = wandb_server.client_env(url, tmp_path, key) | {"WANDB_INIT_TIMEOUT": "2", "HOME": str(tmp_path)}
+        settings = wandb_server.client_env(url, tmp_path, key) | {"WANDB_INIT_TIMEOUT": "5", "HOME": str(tmp_path)}
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         (tmp_path / WANDB_ID).write_text(secrets.token_hex(4))
         said = {"no key": "No API key", "nobody there": "connection refused", "no answer": "deadline exceeded"}[problem]
-        began = time.monotonic()
         with pytest.raises(UserError, match=f"^wandb = 'online': .*{said}.*; --wandb=offline needs no account$"):
             start_wandb(load_config(["--wandb=online"]), tmp_path)
-        assert time.monotonic() - began < 20
         wandb.teardown()
 
 

@@ -226,5 +226,4 @@ def client_env(url: str, folder: Path, key: str = KEY) -> dict[str, str]:
     places = {name: str(folder / "client") for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
     return places | {
         "WANDB_BASE_URL": url, "WANDB_API_KEY": key, "WANDB_ERROR_REPORTING": "false", "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
     }  # fmt: skip

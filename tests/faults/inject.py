@@ -1,5 +1,7 @@
 """train.py with a fault inside: INJECT="what rank step micro" in the environment, what one of the names below.
 
+INJECT_PATIENCE_S, where it is given, is --dist_timeout from that step on.
+
 Only the place where the fault strikes is arranged; what happens then is the training code's own doing.
 """
 
@@ -19,6 +21,7 @@ from model import GPT
 from system.errors import command
 
 WHAT, RANK, STEP, MICRO = (*os.environ["INJECT"].split(), "0", "0", "0")[:4]
+PATIENCE_S = os.environ.get("INJECT_PATIENCE_S")
 FIRST_START = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 read = data.Batches.__getitem__
 forward = GPT.forward
@@ -33,6 +36,8 @@ def poisoned_read(batches: data.Batches, index: tuple[int, int]) -> tuple[torch.
         os.kill(os.getpid(), signal.SIGKILL)
     if struck and FIRST_START and WHAT == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if index[0] == int(STEP) and FIRST_START and PATIENCE_S and batches.dist._watchdog:
+        batches.dist._watchdog.timeout = float(PATIENCE_S)
     if struck and WHAT == "sleep":
         time.sleep(3600)
     return read(batches, index)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import assert_same_run, logged, records, run_command, start_command, wait_until
+from conftest import Hold, assert_same_run, logged, records, run_command, start_command, wait_until
 
 from system.errors import EXIT_REQUEUE
 from training.checkpoint import newest_checkpoint
@@ -17,8 +17,8 @@ LAUNCHERS = {"alone": [], "torchrun": ["-m", "torch.distributed.run", "--standal
 TWO = "--nproc_per_node=2"
 
 
-def start(launcher: str, *words: str):
-    return start_command(*LAUNCHERS[launcher], *([TWO] if launcher != "alone" else []), "train.py", *words)
+def start(launcher: str, *words: str, **kwargs):
+    return start_command(*LAUNCHERS[launcher], *([TWO] if launcher != "alone" else []), "train.py", *words, **kwargs)
 
 
 def ranks(child) -> list[psutil.Process]:
@@ -30,15 +30,15 @@ def ranks(child) -> list[psutil.Process]:
 def finish(child) -> tuple[str, float]:
     """stderr, and the seconds until the process was gone."""
     begun = time.monotonic()
-    _, stderr = child.communicate(timeout=60)
+    _, stderr = child.communicate()
     return stderr, time.monotonic() - begun
 
 
-def assert_saved(run: Path, stderr: str, seconds: float) -> int:
-    """A checkpoint of the step after the last record, within half a minute; returns the step."""
+def assert_saved(run: Path, stderr: str) -> int:
+    """A checkpoint of the step after the last record; returns the step."""
     step = newest_checkpoint(run)[1].step
     assert step == max(r["step"] for r in records(run)) + 1
-    assert seconds < 30 and 'train.py", line' not in stderr, "torchrun has tracebacks of its own, the ranks have none"
+    assert 'train.py", line' not in stderr, "torchrun has tracebacks of its own, the ranks have none"
     return step
 
 
@@ -53,7 +53,7 @@ def test_a_signal_saves_and_leaves(fault, small, tmp_path, number, launcher):
     wait_until(child, lambda: logged(tmp_path / "r") > 5)
     child.send_signal(number)
     stderr, seconds = finish(child)
-    step = assert_saved(tmp_path / "r", stderr, seconds)
+    step = assert_saved(tmp_path / "r", stderr)
     assert child.returncode == EXIT_REQUEUE, stderr
     assert f"{number.name}: saving and leaving" in stderr and f"saved at step {step}" in stderr
     happened(f"saved at the next step, exit code {EXIT_REQUEUE}", leaving_s=round(seconds, 1))
@@ -76,30 +76,28 @@ def test_a_signal_to_torchrun_or_one_rank_saves_on_all(fault, small, tmp_path, n
     wait_until(child, lambda: logged(tmp_path / "r") > 5)
     processes = ranks(child)
     os.kill(child.pid if target == "torchrun" else processes[int(target[-1])].pid, number)
-    begun = time.monotonic()
-    psutil.wait_procs(processes, timeout=30)
+    stderr, seconds = finish(child)  # it ends when nobody holds stderr any more
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes), "a rank goes on"
-    stderr, _ = finish(child)
-    assert_saved(tmp_path / "r", stderr, time.monotonic() - begun)
+    assert_saved(tmp_path / "r", stderr)
     if target != "torchrun":
         assert stderr.count(f"exitcode  : {EXIT_REQUEUE}") == 2 or f"exitcode: {EXIT_REQUEUE}" in stderr, stderr
     code = {True: "killed by it", False: child.returncode}[child.returncode < 0]
-    happened(f"both ranks saved the same step and left; torchrun: {code}", leaving_s=round(time.monotonic() - begun, 1))
+    happened(f"both ranks saved the same step and left; torchrun: {code}", leaving_s=round(seconds, 1))
 
 
 def test_signals_during_the_save_lose_nothing(fault, small, tmp_path):
     happened = fault("ten SIGTERMs while a checkpoint is being written, one rank")
-    big = ["--n_embd=512", "--n_layer=4"]  # 150 MB: the save takes long enough to be hit
-    child = start("alone", *small, *WORDS, *big)
-    run = tmp_path / "r"
+    run, hold = tmp_path / "r", Hold(tmp_path, "training.checkpoint:save_file", 2)  # the weights are written
+    child = start("alone", *small, *WORDS, env=hold.env)
     wait_until(child, lambda: logged(run) > 2)
     child.send_signal(signal.SIGTERM)
-    wait_until(child, lambda: list(run.glob("checkpoints/.step_*.tmp")))
+    hold.reached(child)
     for _ in range(10):
         child.send_signal(signal.SIGTERM)
-        time.sleep(0.01)
+        time.sleep(0.01)  # signals that have not arrived yet count once
+    hold.release()
     stderr, seconds = finish(child)
-    assert_saved(run, stderr, seconds)
+    assert_saved(run, stderr)
     assert child.returncode == EXIT_REQUEUE and not list(run.glob("checkpoints/.*"))
     happened(f"the checkpoint is whole, exit code {EXIT_REQUEUE}", leaving_s=round(seconds, 1))
 
@@ -109,18 +107,17 @@ def test_signals_during_the_save_lose_nothing(fault, small, tmp_path):
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(fault, small, tmp_path, step):
     """Step 8 is the last: the weights are final, what remains is the evaluation, and the next start makes up for it."""
     happened = fault(f"SIGTERM in the evaluation of step {step} of 8")
-    words = [*small, "--encoding=carope"]
-    slow = ["--micro_batch=1", "--eval_tokens=19000", "--final_eval_tokens=19000"]  # 600 batches of one window
-    child = start("alone", *words, *slow, "--name=r")
-    run = tmp_path / "r"
-    wait_until(child, lambda: logged(run) == {4: 5, 8: 10}[step])  # the records of steps 0 … step−1, validations among them
-    time.sleep(0.1)
+    words, run = [*small, "--encoding=carope"], tmp_path / "r"
+    hold = Hold(tmp_path, "evaluation.windows:Windows.read", 8 * step + 10)  # each evaluation but the last has 32 batches
+    child = start("alone", *words, "--name=r", env=hold.env)
+    hold.reached(child)
     child.send_signal(signal.SIGTERM)
+    hold.release()
     stderr, seconds = finish(child)
     state = newest_checkpoint(run)[1]
     assert (child.returncode, state.step, state.val_step) == (EXIT_REQUEUE, step, step - 4), stderr
     for name in ("r", "whole"):
-        done = run_command("train.py", *words, *slow, f"--name={name}", env={"OMP_NUM_THREADS": "1"})
+        done = run_command("train.py", *words, f"--name={name}")
         assert done.returncode == 0, done.stderr
     assert_same_run(run, tmp_path / "whole")
     happened(

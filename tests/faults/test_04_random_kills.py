@@ -98,7 +98,7 @@ def test_training_on_two_ranks(fault, small, tmp_path):
         kept.append(newest_step(run) - begun)
         recoveries += [to_first_step] if to_first_step else []
     for name in ("r", "whole"):
-        done = run_command(*words, f"--name={name}", env={"OMP_NUM_THREADS": "1"}, timeout=1200)
+        done = run_command(*words, f"--name={name}")
         assert done.returncode == 0, done.stderr
     assert_same_run(run, tmp_path / "whole")
     starts = len(json.loads((run / "env.json").read_text()))
@@ -163,7 +163,7 @@ def test_table1(fault, corpus, tmp_path):
             os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
     for folder in ("out", "whole"):
-        done = run_command(*words, f"--out_dir={tmp_path / folder}", env={"OMP_NUM_THREADS": "1"}, timeout=1200)
+        done = run_command(*words, f"--out_dir={tmp_path / folder}")
         assert done.returncode == 0, done.stderr
     for name in ("demo-rope", "demo-carope"):
         assert newest_sums(out / name) == newest_sums(tmp_path / "whole" / name)

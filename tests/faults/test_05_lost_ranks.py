@@ -2,25 +2,26 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run, run_command, torchrun
+from conftest import ROOT, assert_same_run, run_command, torchrun
+from torch.distributed import TCPStore
 
 from system.errors import EXIT_LOST_RANK
 from training.checkpoint import newest_checkpoint
 
 INJECT = Path(__file__).with_name("inject.py")
 WORDS = ["--encoding=carope", "--save_every=2"]
+PATIENCE_S = "6"  # --dist_timeout from the fault's step on: before, each rank may take its time to start
 
 
 def inject(what: str, launcher: list[str], *args: object):
-    env = {"INJECT": what, "OMP_NUM_THREADS": "1"}
-    return run_command(*launcher, "--nproc_per_node=2", INJECT, *args, env=env, timeout=120)
+    env = {"INJECT": what, "INJECT_PATIENCE_S": PATIENCE_S}
+    return run_command(*launcher, "--nproc_per_node=2", INJECT, *args, env=env)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -37,19 +38,21 @@ def test_a_rank_that_dies_is_named(fault, small, rank):
 def test_a_rank_that_dies_unseen_by_a_launcher_is_named_by_the_others(fault, small, tmp_path):
     """As where the launcher went with its node: here nobody but the ranks themselves can notice."""
     happened = fault("SIGKILL of rank 1 of two at step 5, ranks started without a launcher")
-    ranks, port = [], free_port()
+    # The store is ours, as it is an agent's under torchrun: its port is chosen and taken in one
+    ranks, store = [], TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(2):
         env = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        env |= {"INJECT": "die 1 5", "OMP_NUM_THREADS": "1"}
+        env |= {"INJECT": "die 1 5"}
         command = [sys.executable, str(INJECT), *small, *WORDS, "--name=r"]
         ranks.append(subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True, cwd=INJECT.parents[2]))
-    _, stderr = ranks[0].communicate(timeout=120)
+    _, stderr = ranks[0].communicate()
     ranks[1].communicate()
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert ranks[0].returncode == EXIT_LOST_RANK and "rank 1 is gone, last seen at " in line
@@ -63,13 +66,14 @@ STOP = pytest.param("stop", marks=pytest.mark.slow)
 @pytest.mark.parametrize("what", ["sleep", STOP])
 def test_a_rank_that_hangs_is_named_within_the_timeout(fault, small, what):
     kind = {"sleep": "waits for ever for its data", "stop": "is stopped (SIGSTOP), as by a dying node"}[what]
-    happened = fault(f"rank 1 of two {kind} at step 5, --dist_timeout=6")
+    happened = fault(f"rank 1 of two {kind} at step 5, --dist_timeout={PATIENCE_S}")
     begun = time.monotonic()
-    done = inject(f"{what} 1 5", ["launch.py"], *small, *WORDS, "--name=r", "--dist_timeout=6")
+    done = inject(f"{what} 1 5", ["launch.py"], *small, *WORDS, "--name=r")
     seconds = time.monotonic() - begun
     line = next(line for line in done.stderr.splitlines() if line.startswith("error: rank"))
     verb = {"sleep": "hangs", "stop": "is gone"}[what]
-    assert line.startswith(f"error: rank 1 {verb}, last seen at ") and "no progress for 6 s (--dist_timeout)" in line
+    assert line.startswith(f"error: rank 1 {verb}, last seen at "), line
+    assert f"no progress for {PATIENCE_S} s (--dist_timeout)" in line
     assert done.returncode == EXIT_LOST_RANK
     assert ("poisoned_read" in done.stderr) == (what == "sleep"), "a rank that can still speak shows where it hangs"
     happened(line[7:], run_s=round(seconds, 1))
@@ -80,7 +84,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(fault, small, what):
 def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_path, what):
     happened = fault({"die": "SIGKILL", "stop": "SIGSTOP"}[what] + " of rank 1 at step 5, torchrun --max-restarts=3")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
-    done = inject(f"{what} 1 5", torchrun, *small, *WORDS, "--name=r", "--dist_timeout=6")
+    done = inject(f"{what} 1 5", torchrun, *small, *WORDS, "--name=r")
     assert done.returncode == 0, done.stderr
     whole = inject("nothing", ["launch.py"], *small, *WORDS, "--name=whole")
     assert whole.returncode == 0, whole.stderr
@@ -88,18 +92,12 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_p
     happened("it went on from step 4 by itself; weights, optimizer and log equal an undisturbed run to the last bit")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_no_thread_is_left_in_the_store_when_python_ends():
+def test_no_thread_is_left_in_the_store_when_python_ends(tmp_path):
     """It would end the process by SIGABRT (`terminate called without an active exception`) once in some hundred runs."""
     code = "import threading; from distributed import Distributed\nwith Distributed.start('cpu'): pass\n"
     code += "print([thread.name for thread in threading.enumerate()])"
-    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = run_command("-c", code, env=env)
+    (tmp_path / "starts.py").write_text(code)
+    done = torchrun(1, tmp_path / "starts.py", env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "watchdog" not in done.stdout and "MainThread" in done.stdout, done.stderr
 
 

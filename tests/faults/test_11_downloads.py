@@ -7,7 +7,8 @@ import resource
 from itertools import pairwise
 
 import pytest
-from hub import COMMIT, FOLDER, REPO, Fault, contents, hub_reference, read_shards, run, serving, start, wait_for
+from conftest import wait_until
+from hub import COMMIT, FOLDER, REPO, Fault, contents, hub_reference, read_shards, run, serving, start
 
 from text.token_stream import PROGRESS
 
@@ -170,7 +171,7 @@ def test_a_wrong_bit_is_noticed(fault, hub, prepare, tmp_path, expected):
 def test_a_silent_hub_is_not_waited_for_without_end(fault, hub, prepare, tmp_path, expected):
     happened = fault("the hub falls silent in the listing and in the middle of a file")
     hub.faults = {"sample%2F10BT": [Fault(cut=0, hang=True)], SECOND: [Fault(cut=CUT, hang=True)]}
-    rc, _, err = prepare(env={"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
+    rc, _, err = prepare(env={"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DOWNLOAD_TIMEOUT": "3"})
     assert rc == 0, err
     assert [request.start for request in hub.asked(SECOND)] == [0, CUT]
     assert contents(tmp_path / "data") == expected
@@ -246,11 +247,11 @@ def test_a_full_disk_is_not_the_hubs_fault(fault, hub, prepare, tmp_path, expect
 
 def test_kill_minus_nine_in_a_download_and_the_next_start_continues_it(fault, hub, prepare, tmp_path, expected):
     happened = fault("kill -9 in the middle of a download")
-    hub.faults[SECOND] = [Fault(cut=CUT, hang=True)]
+    hub.faults[SECOND] = [Fault(cut=CUT, slow=True)]
     folder = tmp_path / "data/.download" / hashlib.sha256(hub.files[SECOND]).hexdigest()
     part = folder / "001_00000.parquet.part"
     process = prepare(start)
-    assert wait_for(process, lambda: part.exists() and part.stat().st_size > CUT // 2)
+    wait_until(process, lambda: part.exists() and part.stat().st_size > CUT // 2)
     process.kill()
     process.communicate()
     kept = part.stat().st_size
