@@ -14,8 +14,11 @@ help: ## these lines
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, five encodings, figure, samples
+	@echo "1 of 3: text from the documentation of Python's packages on this machine, as tokens: seconds"
 	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo
+	@echo "2 of 3: five small GPTs, each trained and evaluated: half a minute each on two idle cores, longer on a busy machine"
 	$(PY) table1.py --sizes demo --encodings rope carope carope_hidden learned sinusoidal --lengths 64 128 256 512 --max_tokens 65536
+	@echo "3 of 3: what one of them writes: seconds"
 	$(PY) sample.py runs/demo-carope_hidden --prompt "Return the " --prompt "The class " --max_new_tokens 160
 	@echo
 	@echo "Runs with their logs and checkpoints: runs/demo-*; the table and its figure: runs/table1.md, runs/table1.png"

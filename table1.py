@@ -19,7 +19,7 @@ import system.host  # noqa: F401  before torch, which reads what it sets
 from config import grad_accum
 from experiments.jobs import launch, start
 from experiments.plan import ROOT, Entry, find, read_results, refuse_conflicts, show_plan
-from system.console import CommandLine, quiet
+from system.console import CommandLine, quiet, remark
 from system.errors import UserError, command
 from system.files import atomic_write, write_json
 
@@ -125,7 +125,8 @@ def evaluate_entry(entry: Entry, args: argparse.Namespace, path: Path) -> None:
     with Distributed.start(entry.cfg.device) as dist:
         results = evaluate_run(entry.cfg.folder, args.lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
     write_json(path, results)
-    print(", ".join(f"{r['length']}: {r['perplexity']:.2f}" if r["perplexity"] else f"{r['length']}: –" for r in results))
+    found = ", ".join(f"{r['perplexity']:.2f} at length {r['length']}" for r in results if r["perplexity"])
+    print(f"{entry.cfg.name}: ppl {found or '–'}; {max(r['tokens'] or 0 for r in results):,} tokens", flush=True)
 
 
 def share(folder: Path, results: list[dict[str, Any]]) -> None:
@@ -200,7 +201,11 @@ def main() -> int:
     results = []
     out = Path(args.out or entries[0].cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    for entry in entries:
+    for number, entry in enumerate(entries, start=1):
+        if not entry.finished:
+            remark(
+                f"\n[{number}/{len(entries)}] {entry.cfg.name}: {entry.cfg.steps:,} steps, then its perplexities", stdout=True
+            )
         results += train_and_evaluate(entry, args)
         write_json(out / "table1.json", results)
     with atomic_write(out / "table1.md", "w") as file:

@@ -4,6 +4,7 @@ import atexit
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -74,6 +75,8 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
         except UserError as error:
             if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            else:  # torchrun ends all ranks when one has ended: the one that says why must be the first
+                time.sleep(30)
             code = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

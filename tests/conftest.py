@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -63,16 +64,21 @@ def fork_server() -> list[str]:
 
 
 # Read when Python or a library starts, which in the fork server is over
-AT_START = ("PYTHON", "LD_", "OMP_", "MKL_", "GOMP_", "MALLOC_", "THP_", "TORCH", "PYTORCH", "TRITON_", "MPL", "HOLD")
+AT_START = ("PYTHONPROFILE", "LD_", "OMP_", "TRITON_")
 
 
-def run_command(*args: object, **kwargs) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository with this Python; stdout and stderr are captured."""
-    env = kwargs.pop("env", {})
-    is_plain = (args[0] == "-m" or not str(args[0]).startswith("-")) and "preexec_fn" not in kwargs
+def command_line(args: Sequence[object], env: Mapping[str, str]) -> list[str]:
+    """The words that run a script of the repository with this Python."""
+    is_plain = args[0] == "-m" or not str(args[0]).startswith("-")
     changed = [name for name, value in env.items() if name.startswith(AT_START) and os.environ.get(name) != value]
-    python = fork_server() if is_plain and not changed and hasattr(os, "fork") else [sys.executable]
-    return subprocess.run([*python, *map(str, args)], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, **kwargs)
+    return [*(fork_server() if is_plain and not changed and hasattr(os, "fork") else [sys.executable]), *map(str, args)]
+
+
+def run_command(*args: object, real: bool = False, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository; stdout and stderr are captured. `real`: in no process but its own, from its start on."""
+    env = kwargs.pop("env", {})
+    command = [sys.executable, *map(str, args)] if real else command_line(args, env)
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, **{"cwd": ROOT} | kwargs)
 
 
 def sizes_compiled(script: str, folder: Path, *args: object) -> list[int]:
@@ -97,11 +103,28 @@ def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str
     return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, **kwargs)
 
 
-def start_command(*args: object, **kwargs) -> subprocess.Popen[str]:
-    """Start a script of the repository in a process group of its own; stderr is captured."""
-    env = os.environ | kwargs.pop("env", {})
-    command = [sys.executable, *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs)
+def start_command(*args: object, real: bool = False, **kwargs) -> subprocess.Popen[str]:
+    """Start a script of the repository in a process group of its own; stderr is captured. `real`: see run_command."""
+    env = kwargs.pop("env", {})
+    command = [sys.executable, *map(str, args)] if real else command_line(args, env)
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | env, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
+    )
+    STARTED.append(child)
+    return child
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """What a test started ends with it, however that ends."""
+    yield
+    while STARTED:
+        if (child := STARTED.pop()).poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
 
 
 def wait_until(child: subprocess.Popen[str], condition: Callable[[], object]) -> None:

@@ -107,6 +107,10 @@ def become(request: dict[str, Any], python: str) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.getppid = lambda: request["parent"]
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        sys.path.insert(1, folder)
+        if (custom := Path(folder, "sitecustomize.py")).exists():
+            runpy.run_path(str(custom), run_name="sitecustomize")
     sys.executable = python
     if "PYTHONUNBUFFERED" in os.environ:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]

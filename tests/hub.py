@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import run_command
 
 from text.tokenizer import load_tokenizer
 
@@ -83,8 +84,12 @@ def start(*args, env=None, constants=None, **options):
     )
 
 
-def run(*args, **options):
-    process = start(*args, **options)
+def run(*args, constants=None, **options):
+    """The same to its end: exit code, stdout, stderr."""
+    if not constants:
+        done = run_command(ROOT / "prepare_fineweb.py", *args, **options)
+        return done.returncode, done.stdout, done.stderr
+    process = start(*args, constants=constants, **options)
     out, err = process.communicate()
     return process.returncode, out, err
 

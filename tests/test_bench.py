@@ -99,6 +99,7 @@ def test_mistakes_are_one_line(words, message):
     assert len(done.stderr.strip().splitlines()[-1:]) == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_candidate_that_dies_costs_no_other_its_result(tmp_path):
     """The baseline, another size of it and a peer that dies: exit code 2, and all else is in the JSON."""
     (tmp_path / "model.py").write_text(PEER.replace("return logits, ", "raise ValueError('no luck')\n        return logits, "))

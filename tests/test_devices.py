@@ -110,16 +110,14 @@ def test_of_more_ranks_than_gpus_the_first_without_one_says_so(monkeypatch, loca
     assert refused.value.alone is says_it
 
 
-@pytest.mark.parametrize(
-    "encodings", [["rope", "carope", "learned", "nope", "sinusoidal"], pytest.param(list(ENCODINGS), marks=pytest.mark.slow)]
-)
-def test_a_process_compiles_as_many_models_as_a_bench_holds(monkeypatch, encodings):
+@pytest.mark.slow
+def test_a_process_compiles_as_many_models_as_a_bench_holds(monkeypatch):
     """Each for training and for evaluation; torch's own limit is eight in all."""
     compile_whole = partial(torch.compile, backend="eager", fullgraph=True)  # raises where the compiler gives up
     monkeypatch.setattr(torch, "compile", compile_whole)
     dist, x_BT = Distributed(torch.device("cpu"), torch.float32), tokens(T)
     torch.compiler.reset()
-    for encoding in encodings:
+    for encoding in ENCODINGS:
         model = build(encoding)
         net = dist.wrap(model, model.cfg.model_copy(update={"compile": "on"}))
         net(x_BT, x_BT).backward()

@@ -215,6 +215,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_the_ranks_do_not_hang_when_they_part(tmp_path):
     """Without a reference to the process group that outlives DDP, one start in ten did."""
     (tmp_path / "starts.py").write_text(STARTS)

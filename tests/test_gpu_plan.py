@@ -63,7 +63,7 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     assert packed.returncode == 0 and "text.jsonl.xz" in packed.stdout, packed.stderr
 
     out, plan = tmp_path / "out", ["-m", "benchmarks.gpu", "--rehearse", "--kit", kit, "--work", tmp_path / "work", "--out"]
-    done = run_command(*plan, out, env=bare | {"CAROPE_COMMIT": "a" * 40})
+    done = run_command(*plan, out, env=bare | {"CAROPE_COMMIT": "a" * 40}, real=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
     labs = [f"{name}.{kind}" for name in ("lab-gpu", "lab-gpu-tiny") for kind in ("json", "npz")]
@@ -80,7 +80,7 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     assert len(losses.runs) == 2 and losses.about.min_document_tokens == 64 and (losses.tokens >= 64).all()
 
     again = tmp_path / "again"
-    done = run_command(*plan, again, "--only", "lab", env=bare)
+    done = run_command(*plan, again, "--only", "lab", env=bare, real=True)
     assert done.returncode == 0 and done.stdout.count("has 2 of the 2 runs already") == 2, done.stdout + done.stderr
     assert sorted(path.name for path in again.iterdir()) == sorted(labs)
     assert json.loads((again / "lab-gpu.json").read_text())["runs"] == json.loads((out / "lab-gpu.json").read_text())["runs"]

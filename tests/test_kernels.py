@@ -156,6 +156,7 @@ def test_blocked_attention_is_what_runs_and_is_causal():
     assert type(attention(q, k, v, torch.zeros(200, 200)).grad_fn).__name__ != "_BlockedAttentionBackward"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
 def test_a_step_takes_no_new_memory_from_the_kernel():
     """What is freed is kept: after the first rounds tensors of 64 MB cause hardly a page fault; else 16384 each."""

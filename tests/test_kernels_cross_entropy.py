@@ -91,6 +91,7 @@ print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_the_kernel_compiles_for_an_h100_on_any_machine(tmp_path):
     assert [size > 1000 for size in sizes_compiled(COMPILE, tmp_path)] == [True]

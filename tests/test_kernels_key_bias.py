@@ -76,6 +76,7 @@ for kernel in (tiles.rows_kernel, tiles.columns_kernel):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 def test_the_kernels_compile_for_an_h100_on_any_machine(tmp_path):
     assert [size > 1000 for size in sizes_compiled(COMPILE, tmp_path)] == [True] * 2

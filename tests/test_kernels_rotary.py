@@ -245,6 +245,7 @@ for kernel in (getattr(rotary_tiles, name) for name in vars(rotary_tiles) if nam
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
 @pytest.mark.parametrize("pairs", [32, pytest.param(24, marks=slow), pytest.param(64, marks=slow)])
 def test_the_kernels_compile_for_an_h100_on_any_machine(pairs, tmp_path):

@@ -9,7 +9,6 @@ data/fineweb-edu-10B is a small corpus. A run that a command names is trained fi
 import importlib
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, keep_remote_code, run_command
+from conftest import ROOT, fork_server, keep_remote_code, run_command
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 BLOCK = re.compile(r"(?:<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -77,6 +76,7 @@ def inside(checkout, monkeypatch):
     from positional import ENCODINGS
 
     monkeypatch.chdir(checkout)
+    monkeypatch.setattr(sys, "executable", str(Path(fork_server()[-1]).with_name("python")))  # for what scripts start
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     registered = dict(ENCODINGS)
     yield checkout
@@ -110,10 +110,10 @@ def run_line(monkeypatch, capfd, line: str) -> None:
     if program == "make":
         assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True).returncode == 0
     elif program == "torchrun" or words[0] in ("-m", "launch.py"):
-        command = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
+        command = [*(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
         if "pytest" in words:  # the tests have their turn elsewhere
             command += ["--collect-only", "--rootdir", ROOT]
-        done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+        done = run_command(*command, cwd=Path.cwd())
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     else:
         assert program == "python", f"{line}: not known how to run it"

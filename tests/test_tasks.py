@@ -194,6 +194,7 @@ def measured(folder) -> dict[str, dict]:
     return {one["encoding"]: {(r["task"], r["factor"]): r for r in one["results"]} for one in found["runs"]}
 
 
+@pytest.mark.slow
 def test_a_run_trained_on_them_does_better_than_a_guess(tmp_path):
     data = write(tmp_path / "data", "--length", 16, "--tokens", 200_000, "--tasks", "copy")
     run_of("rope", data, tmp_path, block_size=16, steps=240, warmup_steps=10)

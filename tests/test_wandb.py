@@ -139,6 +139,7 @@ def test_offline_perplexities_leave_the_history_alone_and_sync_sends_it_all(offl
         assert server.unknown == []
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_stops_no_training(small, tmp_path):
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path) | {"WANDB_FINISH_TIMEOUT": "3"}
@@ -164,7 +165,7 @@ def test_a_start_with_a_wrong_key_is_one_line(small, tmp_path):
         assert not server.runs and logged(tmp_path / "r") == 0
 
 
-@pytest.mark.parametrize("problem", ["no key", "nobody there", "no answer"])
+@pytest.mark.parametrize("problem", ["no key", "nobody there", pytest.param("no answer", marks=pytest.mark.slow)])
 def test_a_start_that_cannot_be_is_given_up(tmp_path, monkeypatch, problem):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

@@ -41,9 +41,12 @@ def windows(tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_spawned_process_imports_a_script_without_running_it(script):
-    code = f"import runpy, sys; sys.argv = [{script!r}, '--help']; runpy.run_path({script!r}, run_name='__mp_main__')"
-    done = run_command("-c", code)
+def test_a_spawned_process_imports_a_script_without_running_it(script, tmp_path):
+    program = tmp_path / "spawned.py"
+    program.write_text(
+        f"import runpy, sys\nsys.argv = [{script!r}, '--help']\nrunpy.run_path({script!r}, run_name='__mp_main__')\n"
+    )
+    done = run_command(program, env={"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -63,6 +66,7 @@ def test_a_run_can_be_trained_in_a_spawned_process(small, tmp_path):
     assert records(tmp_path / "r")[-1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_preparation_training_and_evaluation_need_nothing_that_windows_lacks(windows, small, tmp_path):
     sizes = ["--limit_tokens", 9000, "--val_tokens", 3000, "--shard_tokens", 3000]
     commands = [
@@ -72,7 +76,7 @@ def test_preparation_training_and_evaluation_need_nothing_that_windows_lacks(win
         ["sample.py", tmp_path / "r", "--max_new_tokens", 4],
     ]
     for words in commands:
-        done = run_command(*words, env=windows)
+        done = run_command(*words, env=windows, real=True)
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "eval.json").read_text())[0]["perplexity"] > 1
 

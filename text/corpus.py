@@ -8,6 +8,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 import re
 import sysconfig
 import tokenize
@@ -169,7 +170,11 @@ def stdlib_files() -> list[Path]:
     """The standard library's modules without its tests, code tables and what was installed beside it."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
-    return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - skip
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -185,4 +190,6 @@ def _docstrings(path: Path) -> Iterator[str]:
         node = todo.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
-        todo.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler))
+        for field in node._fields:  # those that are no lists hold expressions
+            if isinstance(children := getattr(node, field), list):
+                todo.extend(child for child in children if isinstance(child, ast.stmt | ast.ExceptHandler))

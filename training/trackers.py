@@ -150,7 +150,7 @@ class Progress:
     def __init__(self, cfg: Config, start: int, shown: bool, seconds: float = 60.0) -> None:
         self._bar: Any = None
         self._shown, self._seconds, self._next_line = shown and not quiet(), seconds, 0.0
-        self._steps = cfg.steps
+        self._steps, self._length = cfg.steps, cfg.block_size
         self._last: dict[str, Any] = {}
         if self._shown and sys.stderr.isatty():
             self._bar = tqdm(total=cfg.steps, initial=start, desc=cfg.name, unit="step", dynamic_ncols=True)
@@ -163,7 +163,7 @@ class Progress:
     def show(self, record: dict[str, Any]) -> None:
         """Bring a record before the user's eyes."""
         self._last |= record
-        text = describe(self._last)
+        text = describe(self._last, self._length)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
         elif self._shown and ("val_loss" in record or time.monotonic() >= self._next_line):
@@ -176,13 +176,14 @@ class Progress:
             self._bar.close()
 
 
-def describe(record: dict[str, Any]) -> str:
-    """A record in a line: loss 3.1234, val 3.2 (ppl 24.5), 12.3k tok/s, MFU 41 %."""
+def describe(record: dict[str, Any], length: int) -> str:
+    """A record in a line: loss 3.1234, val 3.2 (ppl 24.5 at length 512, 10,485,760 tokens), 12.3k tok/s, MFU 41 %."""
     parts = []
     if "loss" in record:
         parts.append(f"loss {record['loss']:.4f}")
     if "val_loss" in record:
-        parts.append(f"val {record['val_loss']:.4f} (ppl {record['val_perplexity']:.2f})")
+        over = f"at length {length}, {record['val_tokens']:,} tokens"
+        parts.append(f"val {record['val_loss']:.4f} (ppl {record['val_perplexity']:.2f} {over})")
     if "tokens_per_second" in record:
         parts.append(f"{record['tokens_per_second'] / 1000:.1f}k tok/s")
         parts.append("MFU unknown" if record["mfu"] is None else f"MFU {record['mfu']:.0%}")

@@ -18,7 +18,8 @@ TWO = "--nproc_per_node=2"
 
 
 def start(launcher: str, *words: str, **kwargs):
-    return start_command(*LAUNCHERS[launcher], *([TWO] if launcher != "alone" else []), "train.py", *words, **kwargs)
+    alone = launcher == "alone"
+    return start_command(*LAUNCHERS[launcher], *([] if alone else [TWO]), "train.py", *words, real=not alone, **kwargs)
 
 
 def ranks(child) -> list[psutil.Process]:
@@ -64,7 +65,7 @@ def test_a_signal_saves_and_leaves(fault, small, tmp_path, number, launcher):
     [
         (signal.SIGTERM, "torchrun"),
         pytest.param(signal.SIGUSR1, "torchrun", marks=SLOW),
-        (signal.SIGUSR1, "rank 1"),
+        pytest.param(signal.SIGUSR1, "rank 1", marks=SLOW),
         *[pytest.param(number, "rank 0", marks=SLOW) for number in (signal.SIGTERM, signal.SIGINT)],
         pytest.param(signal.SIGINT, "torchrun", marks=SLOW),
         pytest.param(signal.SIGKILL, "torchrun", marks=SLOW),

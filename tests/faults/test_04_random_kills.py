@@ -75,7 +75,7 @@ def test_training_on_two_ranks(fault, small, tmp_path):
         moment = rng.choices(["starting", "at work", "saving"], [1, 4, 4])[0]
         progress, delay = rng.randrange(40), rng.random()
         begun, first, wall = newest_step(run), time.monotonic(), time.time()
-        child = start_command(*words, "--name=r", f"--async_checkpoint={'true' if kill % 2 else 'false'}")
+        child = start_command(*words, "--name=r", f"--async_checkpoint={'true' if kill % 2 else 'false'}", real=True)
         to_first_step = None
         while child.poll() is None:
             now = time.monotonic() - first
@@ -122,7 +122,7 @@ def test_preparation(fault, tmp_path):
     out = tmp_path / "out"
     for _ in range(KILLS):
         goal, first = len(list(out.glob("*.bin"))) + rng.randrange(6), time.monotonic()
-        child = start_command(*words, "--out", out, "--workers", rng.choice([1, 2, 3]))
+        child = start_command(*words, "--out", out, "--workers", rng.choice([1, 2, 3]), real=True)
         delay = rng.choice([rng.uniform(0, 0.1), rng.uniform(0, 1)])
         while child.poll() is None and (len(list(out.glob("*.bin"))) < goal or time.monotonic() - first < delay):
             time.sleep(0.001)
@@ -148,7 +148,7 @@ def test_table1(fault, corpus, tmp_path):
     killed = {"alone": 0, "with all": 0}
     out = tmp_path / "out"
     for kill in range(KILLS):
-        child = start_command(*words, f"--out_dir={out}")
+        child = start_command(*words, f"--out_dir={out}", real=True)
         run = out / ("demo-rope" if kill < KILLS // 2 else "demo-carope")
         goal, first = newest_step(run) + rng.randrange(30), time.monotonic()
         while child.poll() is None and last_step(run) < goal and time.monotonic() - first < 25:

@@ -63,7 +63,7 @@ def test_a_rank_that_dies_unseen_by_a_launcher_is_named_by_the_others(fault, sma
 STOP = pytest.param("stop", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("what", ["sleep", STOP])
+@pytest.mark.parametrize("what", [pytest.param("sleep", marks=pytest.mark.slow), STOP])
 def test_a_rank_that_hangs_is_named_within_the_timeout(fault, small, what):
     kind = {"sleep": "waits for ever for its data", "stop": "is stopped (SIGSTOP), as by a dying node"}[what]
     happened = fault(f"rank 1 of two {kind} at step 5, --dist_timeout={PATIENCE_S}")
@@ -92,6 +92,7 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_p
     happened("it went on from step 4 by itself; weights, optimizer and log equal an undisturbed run to the last bit")
 
 
+@pytest.mark.slow
 def test_no_thread_is_left_in_the_store_when_python_ends(tmp_path):
     """It would end the process by SIGABRT (`terminate called without an active exception`) once in some hundred runs."""
     code = "import threading; from distributed import Distributed\nwith Distributed.start('cpu'): pass\n"
@@ -117,6 +118,7 @@ extern "C" void _ZNSt18condition_variable10notify_allEv(void* self) {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="holds up a thread by LD_PRELOAD")
 def test_a_thread_of_gloos_may_be_late_when_python_ends(small, tmp_path):
     """On a busy machine gloo's threads let go of tensors after the exchange is over; three milliseconds made it SIGABRT."""

@@ -38,7 +38,8 @@ def limited(megabytes: float):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_fills_up_during_a_checkpoint(fault, small, tmp_path, ranks):
     """The first checkpoint of 13 MB fits, then something else takes the space; when that is gone the run ends as any other."""
     happened = fault(f"the disk is full in the middle of a checkpoint, {ranks} rank(s)")
@@ -49,7 +50,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(fault, small, tmp_path, ranks)
         if mounted:
             done = run_command(*launcher, FILLER, *words, env={"FILLER": str(filler)})
         else:
-            done = run_command(*launcher, "train.py", *words, preexec_fn=limited(1))
+            done = run_command(*launcher, "train.py", *words, preexec_fn=limited(1), real=True)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         wanted = r"step_00000[48]: checkpoint not written \(.*(No space left|File too large).*\); it takes ([0-9,]+) bytes"
@@ -107,7 +108,7 @@ def test_a_disk_that_fills_up_during_preparation(fault, tmp_path):
             done = run_command(FILLER.with_name("fill_at_shard.py"), *command[1:], "--out", out, env={"FILLER": str(filler)})
             filler.unlink()
         else:
-            done = run_command(*command, "--out", out, preexec_fn=limited(5))
+            done = run_command(*command, "--out", out, preexec_fn=limited(5), real=True)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and re.search(
             r"train_00000\d.bin: cannot be written \(.*\); it takes 6,001,024 bytes", line

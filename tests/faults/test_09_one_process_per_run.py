@@ -17,11 +17,12 @@ def starts(run) -> int:
     return len(json.loads((run / "env.json").read_text()))
 
 
+@pytest.mark.slow
 def test_the_second_process_is_refused_and_a_killed_owner_holds_nothing(fault, small, tmp_path, monkeypatch):
     happened = fault("a second train.py on a run folder; then kill -9 of the first and another start")
     monkeypatch.setattr(run_module, "LOCK_PATIENCE_S", 0.5)
     words = [*small, "--encoding=carope", "--name=r"]
-    child = start_command("train.py", *words, "--steps=100000", "--save_every=2")
+    child = start_command("train.py", *words, "--steps=100000", "--save_every=2", real=True)
     wait_until(child, lambda: logged(tmp_path / "r") > 5)
     before = logged(tmp_path / "r")
     with pytest.raises(UserError) as refused:

@@ -12,6 +12,7 @@ from hub import COMMIT, FOLDER, REPO, Fault, contents, hub_reference, read_shard
 
 from text.token_stream import PROGRESS
 
+pytestmark = pytest.mark.slow
 SIZES = ("--tokenizer", "bytes", "--val_tokens", "100_000", "--shard_tokens", "200_000", "--workers", "1")
 NAMES = [f"{FOLDER}/00{i}_00000.parquet" for i in range(3)]
 FIRST, SECOND, THIRD = NAMES

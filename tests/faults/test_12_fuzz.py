@@ -43,7 +43,7 @@ from training.checkpoint import (
 )
 from training.optim import make_optimizer
 
-pytestmark = pytest.mark.timeout(200)  # a value that makes a loop endless is a bug, too
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]  # a value that makes a loop endless is a bug, too
 
 
 def fuzz(max_examples: int) -> settings:
