@@ -27,7 +27,8 @@ demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, fi
 	@echo "      $(PY) table1.py --dry_run                                     what the paper's own table takes"
 	@echo "      $(PY) report.py runs/demo-* -o report.html                    curves, tables and samples of the runs on one page"
 
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+# One more than there are cores: tests wait for processes and disks, too
+PYTEST := $(PY) -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 5 --dist loadfile
 
 test: $(VENV)/.installed-dev ## style, types and the tests but the slow ones: five minutes on two cores
 	$(PY) -m ruff check .

@@ -87,15 +87,17 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     Raises UserError, naming the owner, where another process holds it for `patience` seconds more, or for a folder that cannot
     be made or written.
     """
-    try:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        open(path := folder / LOCK, "a").close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made or written ({error.strerror}); choose another folder") from None
-    deadline = time.monotonic() + patience
+    path, deadline = folder / LOCK, time.monotonic() + patience
     while True:
-        with open(path, "a+") as file:
+        try:
+            made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            opened = open(path, "a+")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            continue  # the folder went with its owner between our two calls
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made or written ({error.strerror}); choose another folder") from None
+        with opened as file:
             try:
                 _lock(file)
             except BlockingIOError:
@@ -105,7 +107,11 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
                 raise UserError(
                     f"{folder}: {_owner(path)} is at work there; wait for it or stop it, or choose another folder"
                 ) from None
-            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            try:
+                is_there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:
                 continue  # its owner removed it between our open and our flock
             file.truncate(0)
             since = datetime.now(UTC).isoformat(timespec="seconds")

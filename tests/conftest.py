@@ -22,7 +22,10 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it comes; several tests run at a time
 os.environ.update(WANDB_SILENT="true", WANDB__SERVICE_WAIT="300")
 
+import system.host  # noqa: E402, F401  isort: skip
 import torch  # noqa: E402
+
+from system.files import locked  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it comes
@@ -41,26 +44,35 @@ class AtOnce:
 
 @pytest.hookimpl(trylast=True)  # when there is a terminal to write to
 def pytest_configure(config: pytest.Config) -> None:
-    """Under -vv, in the process that prints."""
-    if config.option.verbose > 0 and not hasattr(config, "workerinput"):
+    """In the process that prints: one fork server for all workers, and under -vv what failed at once."""
+    if hasattr(config, "workerinput"):
+        return
+    if getattr(config.option, "numprocesses", None) and hasattr(os, "fork"):
+        os.environ["FORK_SERVER"] = start_fork_server()
+    if config.option.verbose > 0:
         config.pluginmanager.register(AtOnce(config))
 
 
 @cache
 def fork_server() -> list[str]:
     """The words before those of a script that have it run in a process forked from one that has torch (fork_server.py)."""
+    path = os.environ.get("FORK_SERVER") or start_fork_server()
+    while not os.path.exists(path):
+        time.sleep(0.02)
+    return [sys.executable, "-S", "-E", str(ROOT / "tests/fork_server.py"), path]
+
+
+def start_fork_server() -> str:
+    """The socket at which it will answer, as long as this process lives."""
     folder = tempfile.mkdtemp()
-    client = [sys.executable, "-S", "-E", str(ROOT / "tests/fork_server.py"), f"{folder}/socket"]
-    server = subprocess.Popen([sys.executable, *client[3:]], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert server.stdout and server.stdin and server.stdout.readline() == "ready\n"
+    server = subprocess.Popen([sys.executable, ROOT / "tests/fork_server.py", f"{folder}/socket"], stdin=subprocess.PIPE)
 
     def end() -> None:
-        server.stdin.close()
-        server.wait()
+        server.communicate()
         shutil.rmtree(folder)
 
     atexit.register(end)
-    return client
+    return f"{folder}/socket"
 
 
 # Read when Python or a library starts, which in the fork server is over
@@ -187,14 +199,28 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert newest_sums(one) == newest_sums(other) and len(newest_sums(one)) == 2
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, for all workers of this start of pytest."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with locked(base / f"{name}-lock", patience=600):
+        if not (base / f"{name}-made").exists():
+            (base / name).mkdir()
+            make(base / name)
+            (base / f"{name}-made").touch()
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A data folder prepared from real English by the real command: bytes, 20k validation and about 130k training tokens."""
-    out = tmp_path_factory.mktemp("data") / "corpus"
-    sizes = ["--val_tokens", 20_000, "--shard_tokens", 50_000, "--limit_tokens", 150_000]
-    done = run_command("prepare_fineweb.py", "--source", "demo", "--tokenizer", "bytes", "--out", out, *sizes)
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def prepare(folder: Path) -> None:
+        sizes = ["--val_tokens", 20_000, "--shard_tokens", 50_000, "--limit_tokens", 150_000]
+        done = run_command("prepare_fineweb.py", "--source", "demo", "--tokenizer", "bytes", "--out", folder / "corpus", *sizes)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "data", prepare) / "corpus"
 
 
 @pytest.fixture
@@ -214,12 +240,13 @@ def runs(corpus: Path, tmp_path_factory) -> Path:
     from config import load_config
     from train import train
 
-    out = tmp_path_factory.mktemp("runs")
-    for encoding in ("carope", "learned"):
-        words = [
-            f"--data={corpus}", f"--out_dir={out}", f"--encoding={encoding}", f"--name={encoding}", "--dtype=float32",
-            "--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=8",
-            "--tokens_per_step=512", "--steps=30", "--warmup_steps=2", "--lr=1e-2", "--final_eval_tokens=500",
-        ]  # fmt: skip
-        train(load_config(words))
-    return out
+    def train_both(out: Path) -> None:
+        for encoding in ("carope", "learned"):
+            words = [
+                f"--data={corpus}", f"--out_dir={out}", f"--encoding={encoding}", f"--name={encoding}", "--dtype=float32",
+                "--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=8",
+                "--tokens_per_step=512", "--steps=30", "--warmup_steps=2", "--lr=1e-2", "--final_eval_tokens=500",
+            ]  # fmt: skip
+            train(load_config(words))
+
+    return once(tmp_path_factory, "runs", train_both)

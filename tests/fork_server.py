@@ -7,6 +7,7 @@ Each script has a process of its own, with the files, folder and environment of 
 with modules of ours that nobody has imported before. Scripts of ours that it starts by sys.executable are run the same way.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -17,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,9 +62,9 @@ def serve(path: str) -> dict[str, Any]:
     """Fork for each request; returns the request, and its `files`, in the process that is to run it."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(f"{path}.tmp")
         listener.listen(64)
-        print("ready", flush=True)
+        os.rename(f"{path}.tmp", path)  # there once it answers
         while True:
             ready, _, _ = select.select([listener, 0], [], [])
             if 0 in ready:
@@ -98,7 +100,7 @@ def see_to_its_end(child: int, connection: socket.socket) -> NoReturn:
             os._exit(0)
 
 
-def become(request: dict[str, Any], python: str) -> None:
+def become(request: dict[str, Any], python: str) -> NoReturn:
     """Run the script, as `python` would."""
     for number, file in enumerate(request["files"]):
         os.dup2(file, number)
@@ -119,14 +121,31 @@ def become(request: dict[str, Any], python: str) -> None:
     is_module = request["words"][0] == "-m"
     sys.argv = request["words"][is_module:]
     sys.path[0] = request["folder"] if is_module else os.path.dirname(os.path.abspath(sys.argv[0]))
-    if is_module:
-        sys.modules.pop(sys.argv[0], None)  # of torchrun's, all that it imports may stay
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    code: object = 0
+    try:
+        if is_module:
+            sys.modules.pop(sys.argv[0], None)  # of torchrun's, all that it imports may stay
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    # The end of `python` but for the taking apart of all modules, which here would take longer than most scripts
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in sys.stdout, sys.stderr:
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code or 0)
 
 
-def main(path: str) -> None:
+def main(path: str) -> NoReturn:
     """Get ready, serve, and in each process of a script: run it."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     for name in NEEDED:

@@ -44,6 +44,7 @@ def last_line(done) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_training_beside_another_encoding_and_another_checkout(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/train_gpt2.py").write_text(PEER)

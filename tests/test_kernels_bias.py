@@ -38,7 +38,7 @@ def steps(T: int, H: int = 2, step: float = 1.4) -> torch.Tensor:
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("step", [1.4, pytest.param(0.05, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("T", [1024, 512, 50])  # bf16: columns; blocks of matmuls; columns again
+@pytest.mark.parametrize("T", [pytest.param(1024, marks=pytest.mark.slow), 512, 50])  # bf16: columns; blocks; columns
 def test_key_bias_is_exact_at_large_sums_and_so_are_its_gradients(T, step, dtype, limit):
     """To f, not to its running sum c: what counts of c's gradient is the little that is left when later ones are added up."""
     f = steps(T, step=step).requires_grad_()
@@ -54,7 +54,7 @@ def test_key_bias_is_exact_at_large_sums_and_so_are_its_gradients(T, step, dtype
 
 
 @pytest.mark.parametrize("encoding", ["fox", pytest.param("cable", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pays", [True, False])  # blocks of matmuls; columns, as on a GPU
+@pytest.mark.parametrize("pays", [True, pytest.param(False, marks=pytest.mark.slow)])  # blocks of matmuls; columns, as on a GPU
 def test_a_gate_in_bf16_learns_what_it_learns_in_fp32(encoding, pays, monkeypatch):
     """In a whole model, with bf16 where training has it. By sums over queries alone these were off by 18 to 270 %."""
     model = build(encoding, "--block_size=512", "--vocab_size=64")

@@ -150,6 +150,7 @@ def test_the_model_computes_the_same_with_the_kernel(encoding):
         torch.testing.assert_close(found["triton"][name], value, atol=3e-5 * value.abs().max().item(), rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_the_compiled_rotation_is_one_graph_with_the_same_values_and_strides():
     """As autograd leaves it to a back-end: with shapes and strides that the operators only claim to have."""
     packed, f = torch.randn(2, 20, 3, 2, 16, device=DEVICE), torch.rand(2, 2, 20, device=DEVICE)

@@ -50,6 +50,7 @@ def test_a_spawned_process_imports_a_script_without_running_it(script, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_run_can_be_trained_in_a_spawned_process(small, tmp_path):
     program = tmp_path / "sweep.py"
     program.write_text(

@@ -21,8 +21,9 @@ def launch(ranks: int, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_ends_bit_for_bit_like_another(fault, small, tmp_path, ranks, dtype):
     happened = fault(f"kill -9 of every process in step 19, {ranks} rank(s), {dtype}, compile off")
     words = [*small, *WORDS, f"--dtype={dtype}", "--steps=30", "--save_every=7", "--compile=off"]

@@ -63,7 +63,7 @@ def test_a_signal_saves_and_leaves(fault, small, tmp_path, number, launcher):
 @pytest.mark.parametrize(
     ("number", "target"),
     [
-        (signal.SIGTERM, "torchrun"),
+        pytest.param(signal.SIGTERM, "torchrun", marks=SLOW),
         pytest.param(signal.SIGUSR1, "torchrun", marks=SLOW),
         pytest.param(signal.SIGUSR1, "rank 1", marks=SLOW),
         *[pytest.param(number, "rank 0", marks=SLOW) for number in (signal.SIGTERM, signal.SIGINT)],

@@ -7,6 +7,7 @@ import pytest
 from conftest import logged, run_command, start_command, wait_until
 
 from config import load_config
+from system import files
 from system.errors import UserError
 from train import train
 from training import run as run_module
@@ -60,6 +61,24 @@ def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
     after.terminate()
     assert "from step" in after.communicate()[1]
     happened("it waited until the folder was free (ten seconds at most) and went on from there")
+
+
+def test_a_folder_that_goes_with_its_owner_is_made_again(tmp_path, monkeypatch):
+    """The owner made it, leaves it empty and takes it away while another waits for it."""
+    folder, lock, calls = tmp_path / "f", files._lock, []
+
+    def as_the_owner_leaves(file):
+        calls.append(file)
+        if len(calls) == 1:
+            (folder / files.LOCK).unlink()
+            folder.rmdir()
+            raise BlockingIOError
+        lock(file)
+
+    monkeypatch.setattr(files, "_lock", as_the_owner_leaves)
+    with files.locked(folder, patience=60):
+        assert (folder / files.LOCK).exists()
+    assert not folder.exists()
 
 
 HOLD = """
