@@ -2,9 +2,10 @@
 
 import json
 import signal
+import subprocess
 
 import pytest
-from conftest import logged, run_command, start_command, wait_until
+from conftest import Hold, logged, run_command, start_command, wait_until
 
 from config import load_config
 from system import files
@@ -53,11 +54,15 @@ def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
     done = run_command("train.py", *words, "--steps=100000", "--replay_step=0")  # only reads: needs no lock
     assert done.returncode == 0, done.stderr
     child.communicate()
-    holder = start_command("-c", HOLD, tmp_path / "r")
+    holder = start_command("-c", HOLD, tmp_path / "r", stdin=subprocess.PIPE)
     wait_until(holder, lambda: (tmp_path / "r/held").exists())
-    after = start_command("train.py", *words, "--steps=100000")
+    second_try = Hold(tmp_path, "system.files:_lock", 2)
+    after = start_command("train.py", *words, "--steps=100000", env=second_try.env)
+    second_try.reached(after)
+    holder.communicate()
+    assert holder.returncode == 0 and starts(tmp_path / "r") == 1
+    second_try.release()
     wait_until(after, lambda: starts(tmp_path / "r") == 2)
-    assert holder.wait() == 0
     after.terminate()
     assert "from step" in after.communicate()[1]
     happened("it waited until the folder was free (ten seconds at most) and went on from there")
@@ -82,10 +87,10 @@ def test_a_folder_that_goes_with_its_owner_is_made_again(tmp_path, monkeypatch):
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from system.files import locked
 with locked(Path(sys.argv[1])):
     (Path(sys.argv[1]) / "held").touch()
-    time.sleep(9)
+    sys.stdin.read()
 """
