@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.__version__ != "2.13.0+cpu", reason="stands on private parts of this torch"),
 ]
-WORDS = ["config/small.toml", "--n_layer=2", "--encodings", "rope", "alibi", "cable"]
+WORDS = ["config/small.toml", "--n_layer=2", "--kernel=eager", "--encodings", "rope", "alibi", "cable"]
 TOKENS, V, C = 32 * 512, 50304, 768
 
 
@@ -37,7 +37,7 @@ def test_flops_are_the_models_and_the_loss_reads_and_writes_its_logits_once(coun
     assert 2 * logits < parts["loss"]["gb"] < 2 * logits + 1  # besides, gradients of weights and embeddings
 
 
-def test_rotation_moves_q_k_and_their_gradients_and_nothing_else(counted):
+def test_the_compilers_rotation_moves_q_k_and_their_gradients_and_nothing_else(counted):
     """Forward q and k in and out; backward their gradients in and out and v's copied beside them; with some slack."""
     unit = 2 * TOKENS * C / 1e9  # q of one layer, in bf16
     assert 10 * 2 * unit <= counted("rope")["parts"]["positions"]["gb"] < 11.2 * 2 * unit
