@@ -117,8 +117,8 @@ def run_line(monkeypatch, capfd, line: str) -> None:
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     else:
         assert program == "python", f"{line}: not known how to run it"
-        if "train.py" not in words:
-            train_what_is_named(monkeypatch, capfd, line)
+        begins_from = [word for word in words if word.startswith("--init_from=")]
+        train_what_is_named(monkeypatch, capfd, " ".join(begins_from) if "train.py" in words else line)
         more = next((more for key, more in MORE.items() if set(key.split()) <= set(words)), [])
         call(monkeypatch, capfd, *words, *more)
 
