@@ -92,11 +92,11 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
         try:
             made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            opened = open(path, "a+")  # noqa: SIM115 - closed below
-        except FileNotFoundError:
-            continue  # the folder went with its owner between our two calls
+            opened = _open_in(folder)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made or written ({error.strerror}); choose another folder") from None
+        if opened is None:
+            continue  # the folder went with its owner between our two calls
         with opened as file:
             try:
                 _lock(file)
@@ -126,6 +126,16 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
                     with suppress(OSError):  # not empty
                         folder.rmdir()
             return
+
+
+def _open_in(folder: Path) -> IO[str] | None:
+    """The lock's file, made where it is not there; None where `folder` itself is not. Raises OSError."""
+    try:
+        return open(folder / LOCK, "a+")
+    except FileNotFoundError:
+        if folder.exists():
+            raise
+        return None
 
 
 def _lock(file: IO[str]) -> None:

@@ -79,17 +79,18 @@ def start_fork_server() -> str:
 AT_START = ("PYTHONPROFILE", "LD_", "OMP_", "TRITON_")
 
 
-def command_line(args: Sequence[object], env: Mapping[str, str]) -> list[str]:
-    """The words that run a script of the repository with this Python."""
+def command_line(args: Sequence[object], env: Mapping[str, str], real: bool) -> list[str]:
+    """The words that run a script of the repository with this Python; `real`: in a process that is its own from the start."""
     is_plain = args[0] == "-m" or not str(args[0]).startswith("-")
     changed = [name for name, value in env.items() if name.startswith(AT_START) and os.environ.get(name) != value]
-    return [*(fork_server() if is_plain and not changed and hasattr(os, "fork") else [sys.executable]), *map(str, args)]
+    forks = hasattr(os, "fork") and is_plain and not changed and not real
+    return [*(fork_server() if forks else [sys.executable]), *map(str, args)]
 
 
 def run_command(*args: object, real: bool = False, **kwargs) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository; stdout and stderr are captured. `real`: in no process but its own, from its start on."""
+    """Run a script of the repository; stdout and stderr are captured. `real`: see command_line."""
     env = kwargs.pop("env", {})
-    command = [sys.executable, *map(str, args)] if real else command_line(args, env)
+    command = command_line(args, env, real)
     return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, **{"cwd": ROOT} | kwargs)
 
 
@@ -116,12 +117,10 @@ def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str
 
 
 def start_command(*args: object, real: bool = False, **kwargs) -> subprocess.Popen[str]:
-    """Start a script of the repository in a process group of its own; stderr is captured. `real`: see run_command."""
+    """Start a script of the repository in a process group of its own; stderr is captured. `real`: see command_line."""
     env = kwargs.pop("env", {})
-    command = [sys.executable, *map(str, args)] if real else command_line(args, env)
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | env, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
-    )
+    command, pipes = command_line(args, env, real), {"stderr": subprocess.PIPE, "text": True} | kwargs
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes)
     STARTED.append(child)
     return child
 
@@ -166,7 +165,7 @@ class Hold:
         wait_until(child, self.is_reached)
 
     def release(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         self._held.with_name(f"{self._held.name}.go").touch()
 
 

@@ -29,11 +29,13 @@ NEEDED = ["system.host", "torch._dynamo", "torch.distributed.run", "numpy", "pyd
 NUMBER = struct.Struct("i")
 PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 PYTHON = """#!/bin/sh
+fork() {{ exec {python} -S -E {server} {socket} "$@"; }}
 [ "$1" = -u ] && case "$2" in *.py) shift; export PYTHONUNBUFFERED=1 ;; esac
-case "$1 $2" in
-*.py\\ * | "-m benchmarks."* | "-m tests."*) exec {python} -S -E {server} {socket} "$@" ;;
-*) exec {python} "$@" ;;
+case "$1" in
+*.py) fork "$@" ;;
+-m) case "$2" in benchmarks.* | tests.*) fork "$@" ;; esac ;;
 esac
+exec {python} "$@"
 """
 
 

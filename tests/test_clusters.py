@@ -41,7 +41,7 @@ def slurm(folder: Path, srun: str, **env: str) -> dict[str, str]:
     for name, text in {"srun": srun, "scontrol": SCONTROL}.items():
         (bin_ / name).write_text(text)
         (bin_ / name).chmod(0o755)
-    with socket.socket() as probe:  # the script's port: 29500 + the job's number modulo 1000
+    with socket.socket() as probe:  # the script's port is 29500 + the job's number modulo 1000
         job = next(n for n in range(os.getpid() % 900, 1000) if probe.connect_ex(("127.0.0.1", 29500 + n)))
     of_slurm = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     of_slurm["SLURM_CPUS_PER_TASK"] = "4"

@@ -29,7 +29,7 @@ def test_a_kill_in_the_middle_of_a_save(fault, small, tmp_path, mode):
     run = tmp_path / "r"
     words = [*small, *WORDS, f"--async_checkpoint={mode}", "--steps=9", "--save_every=1", "--eval_every=100"]
     newest = []
-    # Of one save are two, one and two calls; and one of "sealed" of a start, to check the checkpoint it goes on from
+    # Of one save are two, one and two calls; and one of "sealed" of a start, to check the checkpoint from which it continues
     for function, nth in (("save_file", 4), ("sealed", 3), ("fsync_folder", 3)):
         hold = Hold(tmp_path, f"training.checkpoint:{function}", nth)
         child = start_command("train.py", *words, env=hold.env)

@@ -92,13 +92,33 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_p
     happened("it went on from step 4 by itself; weights, optimizer and log equal an undisturbed run to the last bit")
 
 
+REFUSED = """
+import os, time
+from system.errors import UserError, command
+
+@command
+def main():
+    time.sleep(1 - int(os.environ["RANK"]))
+    raise UserError("this is why")
+
+main()
+"""
+
+
+def test_the_rank_that_says_why_may_be_the_slower_one(tmp_path):
+    """torchrun ends all ranks as soon as one has ended."""
+    (tmp_path / "refused.py").write_text(REFUSED)
+    done = run_command("launch.py", "--nproc_per_node=2", tmp_path / "refused.py", env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (2, "error: this is why\n")
+
+
 @pytest.mark.slow
 def test_no_thread_is_left_in_the_store_when_python_ends(tmp_path):
     """It would end the process by SIGABRT (`terminate called without an active exception`) once in some hundred runs."""
     code = "import threading; from distributed import Distributed\nwith Distributed.start('cpu'): pass\n"
     code += "print([thread.name for thread in threading.enumerate()])"
     (tmp_path / "starts.py").write_text(code)
-    done = torchrun(1, tmp_path / "starts.py", env={"PYTHONPATH": str(ROOT)})
+    done = torchrun(1, tmp_path / "starts.py", env={"PYTHONPATH": str(ROOT)}, real=True)
     assert done.returncode == 0 and "watchdog" not in done.stdout and "MainThread" in done.stdout, done.stderr
 
 

@@ -1,7 +1,7 @@
 """A process waits at a named point: HOLD="module:function 3 FILE" in the environment, before the third call of the function.
 
 Python imports this by itself where its folder is in PYTHONPATH; conftest.Hold arranges that. The process that comes there makes
-FILE, which ends the waiting of the test, and goes on once FILE.go is there. FILE is made once: a process that comes later, the
+FILE, for which the test waits, and continues once FILE.go is there. FILE is made once: a process that comes later, the
 next run of a table, say, does not wait. Of several ranks only rank 0 does.
 """
 
