@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -15,12 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest_plugins = ["fault_report"]
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it comes; several tests run at a time
 os.environ.update(WANDB_SILENT="true", WANDB__SERVICE_WAIT="300")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `make test &`: what tests interrupt would not hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import system.host  # noqa: E402, F401  isort: skip
 import torch  # noqa: E402
@@ -126,6 +131,14 @@ def start_command(*args: object, real: bool = False, **kwargs) -> subprocess.Pop
 
 
 STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def the_same_random_numbers() -> None:
+    """For each test, whichever ran before it in the process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

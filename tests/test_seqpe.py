@@ -88,4 +88,4 @@ def test_the_encoder_learns_a_random_table_at_a_learning_rate_of_6e_4():
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-    assert error < 0.3  # of 1; how far it gets differs with the number of threads
+    assert error < 0.3  # of 1
