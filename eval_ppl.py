@@ -21,7 +21,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte]")
     add("--data", help="folder of token shards [default: the one the run was trained on]")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained with]")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained in]")
     add(
         "--rope_scaling",
         "--rope-scaling",
@@ -68,6 +68,7 @@ def parse_args() -> argparse.Namespace:
         help="of --rope_scaling, at least 1: evaluation length over training length, the run's block_size",
     )
     add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
+    add("--append", action="store_true", help="with --json: keep the results of other evaluations that the file has")
     add(
         "--wandb",
         action="store_true",
@@ -88,6 +89,7 @@ from config import Config
 from data import TokenStream
 from distributed import Distributed, local_and_eager, pick_dtype
 from evaluation.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
+from evaluation.results import Question, Result, beside, check_file, closing, read_results, render, special
 from evaluation.windows import Profile, Windows, counted, losses
 from model import GPT
 from positional.base import widest
@@ -95,8 +97,8 @@ from positional.scaling import SCALINGS, rescale
 from system.errors import UserError, at_least, command
 from system.files import write_json
 from system.fsdp import is_sharded, uncompiled
-from training.checkpoint import MODEL, load_model
-from training.provenance import git_version
+from training.checkpoint import MODEL, State, load_model
+from training.provenance import git_version, source_of, warn_of_other_source
 from training.upload import tracked, upload
 
 
@@ -207,7 +209,7 @@ def evaluate_run(
     per_position: bool = False,
     min_document_tokens: int | None = None,
     keep: list[Losses] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """One result per length for the run or checkpoint at `path`; nulls where its encoding has no positions.
 
     What is not given is as the run had it (`data`, `dtype`) or fits into memory (`batch`). With `rope_scaling`, a name in
@@ -215,26 +217,25 @@ def evaluate_run(
     evaluated, each by itself. `keep` gets the losses of all documents; those of other documents in it are refused.
     """
     model, state, folder = load_model(path)
+    if dist.is_main:
+        warn_of_other_source(folder, state)
     scale_phases(model, rope_scaling, scale)
-    dist.dtype = pick_dtype(dtype or model.cfg.dtype, dist.device)
+    dist.dtype = pick_dtype(dtype or state.dtype or model.cfg.dtype, dist.device)
     model.to(dist.device)
     stream = TokenStream(data or model.cfg.data, "val", model.cfg.vocab_size)
     if stream.tokenizer != state.tokenizer:
         raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state.tokenizer!r}")
     per_document = min_document_tokens is not None or keep is not None
     documents = find_documents(stream, max_tokens, min_document_tokens) if per_document or stream.eot is not None else None
-    results: list[dict[str, Any]] = [
-        {
-            "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"], "length": length,
-            "tokens": None, "nll": None, "perplexity": None, "stderr": None, "documents": None, "bytes": None,
-            "bits_per_byte": None, "step": state.step, "dtype": str(dist.dtype).removeprefix("torch."), "git": git_version(),
-            "checkpoint": str(folder), "max_tokens": max_tokens, "min_document_tokens": min_document_tokens,
-            "rope_scaling": rope_scaling, "scale": scale, "stride": stride or length, "block_size": model.cfg.block_size,
-        }
-        for length in lengths
-    ]  # fmt: skip
+    asked: dict[str, Any] = {
+        "max_tokens": max_tokens, "min_document_tokens": min_document_tokens, "rope_scaling": rope_scaling, "scale": scale,
+        "dtype": str(dist.dtype).removeprefix("torch."), "weights": state.sha256[MODEL],
+        "data_sha256": [record.sha256 for record in stream.records()], "source": source_of(model.cfg.encoding),
+    }  # fmt: skip
+    questions = [Question(length=length, stride=stride or length, **asked) for length in lengths]
+    results = [unanswered(question, model, state, folder, stream) for question in questions]
     if documents and keep is not None:
-        keep.append(losses_to_come(results, documents, stream, state.sha256[MODEL], stride))
+        keep.append(losses_to_come(results, documents, stream.tokenizer, stride))
         refuse_other_documents(keep[0], keep[-1])
     for length, result in zip(lengths, results, strict=True):
         if model.max_len is None or length <= model.max_len:
@@ -245,27 +246,45 @@ def evaluate_run(
                 model, stream, length, windows, dist, max_tokens, progress=dist.is_main, stride=stride, profile=profile,
                 by_document=sums,
             )  # fmt: skip
+            if not math.isfinite(found.nll):
+                raise UserError(f"{folder}: its loss at length {length} is {found.nll}, {why_not_finite(model)}")
             result |= measured(found, documents) | ({"per_position": profile.summary()} if profile else {})
             if sums and keep is not None:
                 keep[-1].put(length, sums.sums_D)
     return results
 
 
-def losses_to_come(
-    results: list[dict[str, Any]], documents: Documents, stream: TokenStream, weights: str, stride: int
-) -> Losses:
-    """Room for the losses of a run at the lengths of its `results`; `weights` is the sha256 of the run's."""
-    about = results[0] | {"weights": weights, "tokenizer": stream.tokenizer, "stride": stride or None}
-    about |= {key: [about[key]] for key in PER_RUN} | {"sha256": [record.sha256 for record in stream.records()]}
-    return Losses.of(about["run"], [r["length"] for r in results], documents, About(**about))
+def unanswered(question: Question, model: GPT, state: State, folder: Path, stream: TokenStream) -> Result:
+    """A result with nothing measured yet: what is asked of which checkpoint."""
+    own = Question.standard(state, question.length, next(model.parameters()).device.type)
+    return {
+        "run": model.cfg.name, "encoding": model.cfg.encoding, "n_params": model.n_params()["total"],
+        "block_size": model.cfg.block_size, "tokens": None, "nll": None, "perplexity": None, "stderr": None, "documents": None,
+        "bytes": None, "bits_per_byte": None, "checkpoint": str(folder), "step": state.step, "steps": model.cfg.steps,
+        "data": str(stream.folder), "git": git_version(), **asdict(question), "special": special(question, own),
+    }  # fmt: skip
 
 
-def measured(found: Evaluation, documents: Documents | None) -> dict[str, Any]:
+def losses_to_come(results: list[Result], documents: Documents, tokenizer: str, stride: int) -> Losses:
+    """Room for the losses of a run at the lengths of its `results`."""
+    first = results[0]
+    about = {**first, "sha256": first["data_sha256"], "tokenizer": tokenizer, "stride": stride or None}
+    about |= {key: [first[key]] for key in PER_RUN}
+    return Losses.of(first["run"], [r["length"] for r in results], documents, About(**about))
+
+
+def why_not_finite(model: nn.Module) -> str:
+    """Why a model's loss is no number, in words."""
+    bad = next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
+    return f"as {bad} is not finite everywhere" if bad else "though its weights are finite; --dtype=float32 may help"
+
+
+def measured(found: Evaluation, documents: Documents | None) -> Result:
     """The measured part of a result; null for what is not known."""
-    stderr = None if math.isnan(found.stderr) else found.stderr  # of a single window it is unknown
+    perplexity, stderr = (x if math.isfinite(x) else None for x in (found.perplexity, found.stderr))  # of one window: unknown
     n_bytes = documents.n_bytes if documents else None
     return {
-        "tokens": found.tokens, "nll": found.nll, "perplexity": found.perplexity, "stderr": stderr,
+        "tokens": found.tokens, "nll": found.nll, "perplexity": perplexity, "stderr": stderr,
         "documents": len(documents) if documents else None, "bytes": n_bytes,
         "bits_per_byte": found.nll / math.log(2) * found.tokens / n_bytes if n_bytes else None,
     }  # fmt: skip
@@ -290,37 +309,14 @@ def default_batch(length: int, cfg: Config) -> int:
     return max(1, 2**28 // (length * max(cfg.vocab_size, 16 * cfg.n_embd)))
 
 
-def render(results: list[dict[str, Any]]) -> str:
-    """The results as a table: a row per run, a column per length, – where there is none."""
-    lengths = list(dict.fromkeys(r["length"] for r in results))
-    rows: dict[tuple, dict[int, str]] = {}
-    for r in results:
-        spread = f" ± {r['stderr']:.2f}" if r["stderr"] is not None else ""
-        cell = "–" if r["perplexity"] is None else f"{r['perplexity']:.2f}{spread}"
-        scaled = f" {r['rope_scaling']}×{r['scale']:g}" if r.get("rope_scaling") else ""
-        rows.setdefault((r["run"], r["encoding"] + scaled, r["step"]), {})[r["length"]] = cell
-    table = [("run", "encoding", "step", *map(str, lengths))]
-    table += [(run, encoding, str(step), *(cells[n] for n in lengths)) for (run, encoding, step), cells in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in table
-    )
-
-
-def closing(results: list[dict[str, Any]], documents: int | None, device: str) -> str:
-    """The line below the table: what its numbers are."""
-    tokens = max((r["tokens"] or 0 for r in results), default=0)
-    units = "windows" if documents is None else f"documents of at least {documents:,} tokens"
-    ratios = {r["tokens"] / r["bytes"] for r in results if r["bytes"]}
-    bits = f", bits per byte = {ratios.pop():.4f} log2(perplexity)" if len(ratios) == 1 else ""  # of one text only
-    return f"perplexity ± standard error over {units}, {tokens:,} tokens{bits}, {results[0]['dtype']} on {device}"
-
-
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for values that cannot be, and for files that could not be written in the end."""
     at_least(1, lengths=args.lengths, documents=args.documents)
     at_least(0, max_tokens=args.max_tokens, batch=args.batch, stride=args.stride)
+    if args.append and not args.json:
+        raise UserError("--append: goes with --json FILE, which it adds to")
+    if args.append:
+        check_file(Path(args.json))
     if args.stride > min(args.lengths):
         shortest = f"the shortest of --lengths = {min(args.lengths)}"
         raise UserError(f"--stride = {args.stride}: tokens between windows would not count; must be at most {shortest}")
@@ -336,8 +332,9 @@ def main() -> None:
     check(args)
     for path in args.runs if args.wandb else []:
         tracked(path)
+    there = read_results(Path(args.json)) if args.append else []
     with Distributed.start(args.device, args.dtype or "auto") as dist:
-        results: list[dict[str, Any]] = []
+        results: list[Result] = []
         kept: list[Losses] = []
         for path in args.runs:
             options = {"max_tokens": args.max_tokens, "batch": args.batch, "data": args.data, "dtype": args.dtype}
@@ -347,7 +344,7 @@ def main() -> None:
             results += evaluate_run(path, args.lengths, dist, **options)
             losses_of_all = merge(kept) if args.losses else None
             if dist.is_main:  # after each run: what is evaluated is kept, whatever happens to the next
-                write(results, losses_of_all, args)
+                write(results, losses_of_all, args, there)
         if dist.is_main and args.figure:
             from evaluation.figures import draw_profiles
 
@@ -360,14 +357,14 @@ def main() -> None:
                 upload(path, results[i * len(args.lengths) :][: len(args.lengths)])
 
 
-def write(results: list[dict[str, Any]], losses_of_all: Losses | None, args: argparse.Namespace) -> None:
-    """Write the files that are asked for; the results get to know the one of the losses."""
+def write(results: list[Result], losses_of_all: Losses | None, args: argparse.Namespace, there: list[Result]) -> None:
+    """Write the files that are asked for, the JSON with what was `there`; the results get to know the file of the losses."""
     if losses_of_all:
         sha256 = losses_of_all.save(Path(args.losses))
         for result in results:
             result["losses"] = {"file": args.losses, "sha256": sha256}
     if args.json:
-        write_json(Path(args.json), results)
+        write_json(Path(args.json), beside(results, there))
 
 
 if __name__ == "__main__":

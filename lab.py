@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
+from evaluation.results import Result, read_results
 from experiments.jobs import Job, run_all
 from experiments.lab_report import collect, draw, read_report, refuse_other, render
-from experiments.plan import Entry, find, read_results, refuse_conflicts, show_plan
+from experiments.plan import Entry, check_data, find, questions, refuse_conflicts, show_plan
 from system.console import CommandLine, quiet, remark
 from system.errors import EXIT_REQUEUE, UserError, at_least, command
-from system.files import atomic_write, write_json
+from system.files import atomic_write, sha256_file, write_json
+from training.provenance import source_of
 
 DEFAULT = [
     "rope", "carope", "carope_hidden", "carope_nobias", "carope_scalar", "nope", "learned", "sinusoidal", "alibi", "t5",
@@ -78,22 +80,40 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> list[Entry]:
 def to_do(entry: Entry, args: argparse.Namespace) -> list[list[str]]:
     """The scripts that the run still needs: training, evaluation, both or none."""
     scripts = [] if entry.finished else [["train.py", *entry.words]]
-    path, losses = entry.cfg.folder / "eval.json", entry.cfg.folder / LOSSES
-    have = {r["length"] for r in results_of(entry, args)}
-    if not set(args.lengths) <= have or (args.documents and not losses.exists()):
-        words = ["--lengths", *map(str, args.lengths), "--max_tokens", str(args.max_tokens), "--json", str(path)]
-        words += ["--documents", str(args.documents), "--losses", str(losses)] if args.documents else []
+    lengths = missing(entry, args)
+    if lengths:
+        words = ["--lengths", *map(str, lengths), "--max_tokens", str(args.max_tokens), "--append"]
+        words += ["--json", str(entry.cfg.folder / "eval.json")]
+        words += ["--documents", str(args.documents), "--losses", str(entry.cfg.folder / LOSSES)] if args.documents else []
         scripts.append(["eval_ppl.py", str(entry.cfg.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device])
     return scripts
 
 
-def results_of(entry: Entry, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The evaluations of the run's last step that are as the command line asks for."""
-    wanted = (entry.cfg.steps, args.max_tokens, args.documents or None)
+def missing(entry: Entry, args: argparse.Namespace) -> list[int]:
+    """The lengths at which the run is still to be evaluated; all, where the documents' losses are not those of its results."""
+    if not entry.finished:
+        return args.lengths
+    results, losses = results_of(entry, args), entry.cfg.folder / LOSSES
+    lengths = [length for length in args.lengths if length not in {r["length"] for r in results}]
+    kept = {r["losses"]["sha256"] for r in results if r.get("losses")}
+    whole = not args.documents or (losses.exists() and not lengths and kept == {sha256_file(losses)})
+    if lengths or not whole:
+        check_data(entry, questions(entry, args.lengths, args.max_tokens)[0])
+    return lengths if whole else args.lengths
+
+
+def results_of(entry: Entry, args: argparse.Namespace) -> list[Result]:
+    """The evaluations of the finished run that the command line asks for."""
     found = read_results(entry.cfg.folder / "eval.json")
-    return [
-        r for r in found if (r["step"], r["max_tokens"], r.get("min_document_tokens")) == wanted and r["length"] in args.lengths
-    ]
+    asked = questions(entry, args.lengths, args.max_tokens, args.documents or None)
+    return [answer for question in asked if (answer := question.answer(found))]
+
+
+def answered(entry: Entry, lengths: list[int], known: dict[str, Any]) -> bool:
+    """Whether the report `known` has the run at all lengths, by the encoding's code as it is; an early report does not say."""
+    now = source_of(entry.cfg.encoding)
+    mine = [r for r in known.get("runs", []) if (r["encoding"], r["seed"]) == (entry.variant, entry.cfg.seed)]
+    return set(lengths) <= {r["length"] for r in mine if r.get("source", now) == now}
 
 
 def report(entries: list[Entry], args: argparse.Namespace, out: Path, known: dict[str, Any]) -> dict[str, Any]:
@@ -137,19 +157,18 @@ def main() -> None:
     out = Path(args.json or Path(entries[0].cfg.out_dir) / "lab.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     known = read_report(out)
-    refuse_other(known, entries[0].cfg, args, out)
-    there = {(r["encoding"], r["seed"], r["length"]) for r in known.get("runs", [])}
-    missing = [e for e in entries if not {(e.variant, e.cfg.seed, length) for length in args.lengths} <= there]
-    work = [(e, scripts) for e in missing if (scripts := to_do(e, args))]
+    left = [e for e in entries if not answered(e, args.lengths, known)]
+    refuse_other(known, (left or entries)[0].cfg, args, out, more=bool(left))
+    work = [(e, scripts) for e in left if (scripts := to_do(e, args))]
     jobs = [Job(e.cfg.name, scripts, e.cfg.folder.parent / f"{e.cfg.name}.txt") for e, scripts in work]
     count = len(entries) - len(jobs)
-    if len(missing) < len(entries):
-        remark(f"{out} has {len(entries) - len(missing)} of the {len(entries)} runs already", stdout=True)
+    if len(left) < len(entries):
+        remark(f"{out} has {len(entries) - len(left)} of the {len(entries)} runs already", stdout=True)
 
     def done(job: Job) -> None:
         nonlocal count
         count += 1
-        results = read_results(Path(entries[0].cfg.out_dir) / job.name / "eval.json")
+        results = results_of(next(e for e in entries if e.cfg.name == job.name), args)
         cells = ", ".join(f"{r['length']}: {r['perplexity']:.3f}" for r in results if r["perplexity"])
         remark(f"[{count}/{len(entries)}] {job.name}: {cells} ({time.monotonic() - job.began:.0f} s)", stdout=True)
         report(entries, args, out, known)

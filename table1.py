@@ -17,8 +17,9 @@ from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
 from config import grad_accum
+from evaluation.results import Result, beside, read_results
 from experiments.jobs import launch, start
-from experiments.plan import ROOT, Entry, find, read_results, refuse_conflicts, show_plan
+from experiments.plan import ROOT, Entry, check_data, find, questions, refuse_conflicts, show_plan
 from system.console import CommandLine, quiet, remark
 from system.errors import UserError, command
 from system.files import atomic_write, write_json
@@ -90,41 +91,35 @@ def try_out(entries: list[Entry], args: argparse.Namespace, overrides: list[str]
     return 0
 
 
-def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[dict[str, Any]]:
+def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[Result]:
     """Finish the run and its evaluation, where they are not; returns one result per length."""
     if not entry.finished:
         launch("train.py", entry.words, args.nproc)
-    path = entry.cfg.folder / "eval.json"
-    wanted = {(length, entry.cfg.steps, args.max_tokens) for length in args.lengths}
-    if not wanted <= {(r["length"], r["step"], r["max_tokens"]) for r in over_the_stream(path)}:
-        evaluate_entry(entry, args, path)
-        if entry.cfg.wandb != "disabled":
-            share(entry.cfg.folder, read_results(path))
-    results = {r["length"]: r for r in over_the_stream(path)}
-    paper = {length: PAPER.get((entry.size, length), {}).get(entry.variant) for length in args.lengths}
+    path, asked = entry.cfg.folder / "eval.json", questions(entry, args.lengths, args.max_tokens)
+    if missing := [q.length for q in asked if not q.answer(read_results(path))]:
+        check_data(entry, asked[0])
+        evaluate_entry(entry, missing, args, path)
+    results = [answer for q in asked if (answer := q.answer(read_results(path)))]
+    if missing and entry.cfg.wandb != "disabled":
+        share(entry.cfg.folder, results)
     about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}
-    return [{**about, **results[n], "paper": paper[n]} for n in args.lengths]
+    return [{**about, **r, "paper": PAPER.get((entry.size, r["length"]), {}).get(entry.variant)} for r in results]
 
 
-def over_the_stream(path: Path) -> list[dict[str, Any]]:
-    """The results of an evaluation that took all documents as one text, as the paper's did."""
-    return [r for r in read_results(path) if not r.get("min_document_tokens")]
-
-
-def evaluate_entry(entry: Entry, args: argparse.Namespace, path: Path) -> None:
-    """Write the perplexities of a finished run to `path`; here, or on --nproc processes."""
+def evaluate_entry(entry: Entry, lengths: list[int], args: argparse.Namespace, path: Path) -> None:
+    """Add the perplexities of a finished run at `lengths` to those in `path`; evaluated here, or on --nproc processes."""
     from distributed import Distributed
     from eval_ppl import evaluate_run
 
     if args.nproc:
-        words = ["--lengths", *map(str, args.lengths), "--max_tokens", str(args.max_tokens), "--json", str(path)]
+        words = ["--lengths", *map(str, lengths), "--max_tokens", str(args.max_tokens), "--json", str(path), "--append"]
         launch(
             "eval_ppl.py", [str(entry.cfg.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device], args.nproc
         )
         return
     with Distributed.start(entry.cfg.device) as dist:
-        results = evaluate_run(entry.cfg.folder, args.lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
-    write_json(path, results)
+        results = evaluate_run(entry.cfg.folder, lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
+    write_json(path, beside(results, read_results(path)))
     found = ", ".join(f"{r['perplexity']:.2f} at length {r['length']}" for r in results if r["perplexity"])
     print(f"{entry.cfg.name}: ppl {found or '–'}; {max(r['tokens'] or 0 for r in results):,} tokens", flush=True)
 

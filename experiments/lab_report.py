@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from config import FREE_ON_RESUME, Config
+from data import TokenStream
+from distributed import pick_device, pick_dtype
 from evaluation.documents import Losses, load
+from evaluation.results import FIELDS
 from experiments.plan import ROOT, Entry
 from positional import ENCODINGS
 from system.errors import UserError
@@ -23,8 +26,7 @@ from training.provenance import git_version
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
 KEPT = (  # of an evaluation's record
-    "length", "perplexity", "nll", "stderr", "bits_per_byte", "tokens", "documents", "bytes", "step", "n_params", "dtype",
-    "git", "max_tokens", "min_document_tokens",
+    "perplexity", "nll", "stderr", "bits_per_byte", "tokens", "documents", "bytes", "step", "n_params", "git", *FIELDS,
 )  # fmt: skip
 TITLES = {  # by the file of positional/ that an encoding is in
     "base": "none, or added to embeddings",
@@ -86,18 +88,24 @@ def read_report(path: Path) -> dict[str, Any]:
     raise UserError(f"{path}: not a report of lab.py; move it away, or --json says where this one goes")
 
 
-def refuse_other(known: dict[str, Any], cfg: Config, args: Any, path: Path) -> None:
-    """Raise UserError where the report at `path` is of other runs, or of other evaluations, than this command's."""
+def refuse_other(known: dict[str, Any], cfg: Config, args: Any, path: Path, more: bool) -> None:
+    """Raise UserError where the report at `path` is of other runs, or of other evaluations, than this command's.
+
+    `more`: whether runs are to come, which must be on the same evaluation set and in the same number format too.
+    """
     now = own(cfg.model_dump())
     differing = [
         f"{key} = {known['config'][key]!r} (now {now[key]!r})"
         for key in now
         if key not in FREE_ON_RESUME and known.get("config", {}).get(key, now[key]) != now[key]
     ]
-    wanted = {"max_tokens": args.max_tokens, "min_document_tokens": args.documents or None}
+    wanted: dict[str, Any] = {"max_tokens": args.max_tokens, "min_document_tokens": args.documents or None}
+    if known and more:
+        wanted["dtype"] = str(pick_dtype(cfg.dtype, pick_device(cfg.device))).removeprefix("torch.")
+        wanted["data_sha256"] = [record.sha256 for record in TokenStream(cfg.data, "val", cfg.vocab_size).records()]
     for key, value in wanted.items():
-        if others := {r[key] for r in known.get("runs", []) if key in r} - {value}:
-            differing.append(f"{key} = {others.pop()!r} (now {value!r})")
+        if others := [r[key] for r in known.get("runs", []) if key in r and r[key] != value]:
+            differing.append(f"{key} = {others[0]!r} (now {value!r})")
     if differing:
         raise UserError(f"{path}: holds results with {', '.join(differing)}; --json says where these go, or move it away")
 

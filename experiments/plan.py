@@ -2,12 +2,14 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.scaling import hours_from, summary
 from config import Config, load_config
+from data import TokenStream
+from evaluation.results import Question
 from system.errors import UserError
 from training.checkpoint import newest_checkpoint
 from training.run import check_same
@@ -106,9 +108,19 @@ def refuse_conflicts(entries: list[Entry]) -> None:
         raise UserError(conflict)
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """What eval_ppl.py wrote, or nothing where it has not or not in this form."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return []
+def questions(entry: Entry, lengths: Sequence[int], max_tokens: int, min_document_tokens: int | None = None) -> list[Question]:
+    """What is to be known of a finished run, by length: how well its last weights predict its own evaluation set."""
+    found = newest_checkpoint(entry.cfg.folder)
+    assert found is not None, f"{entry.cfg.folder} has no checkpoint"
+    device = entry.cfg.device
+    return [Question.standard(found[1], length, device, max_tokens, min_document_tokens) for length in lengths]
+
+
+def check_data(entry: Entry, question: Question) -> None:
+    """Raise UserError where the evaluation set of the entry's data is not the one that its run knows, and so no answer."""
+    stream = TokenStream(entry.cfg.data, "val", entry.cfg.vocab_size)
+    if [record.sha256 for record in stream.records()] != question.data_sha256:
+        raise UserError(
+            f"{entry.cfg.data}: its evaluation set is not the one that {entry.cfg.folder} was trained beside (another sha256); "
+            "--data says where that is"
+        )

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.plan import read_results
+from evaluation.results import read_results
 from system.errors import UserError
+from training.checkpoint import MODEL, newest_checkpoint
 from training.run import read_log
 
 MARKS = ("config.toml", "log.jsonl", "env.json", "checkpoints")  # a folder with one of these is a run
@@ -21,12 +22,16 @@ OWN = ("name", "out_dir")  # of every run its own, so no difference worth a colu
 
 @dataclass
 class Variant:
-    """The evaluations of a run that belong together, by length: of one step, on the same tokens, with one scaling of phases."""
+    """The evaluations of a run that belong together, by length: of one step, on the same tokens, special in the same ways."""
 
     step: int | None
-    max_tokens: int | None
-    scaled: str
+    special: tuple[str, ...]
     by_length: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether they are a run's perplexities proper, but for a limit of tokens."""
+        return all(words.startswith("first ") for words in self.special)
 
     @property
     def tokens(self) -> int:
@@ -164,22 +169,32 @@ def _read_starts(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _read_variants(folder: Path, config: dict[str, Any], notes: list[str]) -> list[Variant]:
     variants: dict[tuple[Any, ...], Variant] = {}
+    found = newest_checkpoint(folder)
     for r in _own_results(folder, "eval.json", config):
         if not isinstance(r.get("length"), int):
             continue
-        scaled = f"{r['rope_scaling']} × {r.get('scale')}" if r.get("rope_scaling") else ""
-        key = (r.get("step"), r.get("max_tokens"), scaled)
-        variants.setdefault(key, Variant(*key)).by_length[r["length"]] = r
+        if found and r.get("step") == found[1].step and r.get("weights") not in (None, found[1].sha256[MODEL]):
+            notes.append(f"a result at length {r['length']} is of other weights than the newest checkpoint's and left out")
+            continue
+        key = (r.get("step"), tuple(_special(r)))
+        variants.setdefault((*key, str(r.get("data_sha256"))), Variant(*key)).by_length[r["length"]] = r
     if not variants:
         notes.append(f"not evaluated; eval_ppl.py {folder} --json {folder / 'eval.json'} does it")
     return list(variants.values())
 
 
+def _special(result: dict[str, Any]) -> list[str]:
+    """What is special about a result; early files do not say all of it."""
+    if isinstance(result.get("special"), list):
+        return list(map(str, result["special"]))
+    scaled = [f"{result['rope_scaling']} {result.get('scale')}"] if result.get("rope_scaling") else []
+    return scaled + ([f"first {result['max_tokens']}"] if result.get("max_tokens") else [])
+
+
 def _own_results(folder: Path, file: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The results in `file` that are this run's: several runs may be evaluated into one file."""
-    results = read_results(folder / file)
     names = (None, config.get("name"), folder.name)
-    return [r for r in results if isinstance(r, dict) and r.get("run") in names] if isinstance(results, list) else []
+    return [r for r in read_results(folder / file) if r.get("run") in names]
 
 
 def _read_tasks(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Page:
                 for length, result in sorted(variant.by_length.items()):
                     theirs = self.paper.get((size or "", length), {}).get(r.encoding)
                     ours = finite(result.get("perplexity"))
-                    if theirs is None or ours is None or variant.scaled:
+                    if theirs is None or ours is None or not variant.is_plain:
                         continue
                     names = [self.name(i), Cell(f"GPT-{str(size).capitalize()}", kind="k"), Cell(r.encoding, kind="k")]
                     both = [
@@ -128,11 +128,11 @@ class Page:
         for i, variant in found:
             points = [(n, r) for n, r in sorted(variant.by_length.items()) if finite(r.get("perplexity"))]
             if points:
-                label = self.records[i].name + (f", {variant.scaled}" if variant.scaled else "")
+                label = ", ".join((self.records[i].name, *variant.special))
                 x, y, error = zip(*((n, r["perplexity"], finite(r.get("stderr")) or 0) for n, r in points), strict=True)
-                series.append({"run": i, "label": label, "x": x, "y": y, "error": error, "open": bool(variant.scaled)})
+                series.append({"run": i, "label": label, "x": x, "y": y, "error": error, "open": not variant.is_plain})
             cells = [perplexity(variant.by_length[n]) if n in variant.by_length else Cell("", kind="n") for n in lengths]
-            about = Cell(self.records[i].encoding, variant.scaled, kind="k")
+            about = Cell(self.records[i].encoding, ", ".join(variant.special), kind="k")
             rows.append((i, [self.name(i), about, number(variant.step, ",d"), number(variant.tokens, ",d"), *cells]))
         ticks = log_ticks([y for s in series for y in s["y"]] or [1.0])
         plot = self.plot(
@@ -142,8 +142,9 @@ class Page:
             y_axis={"type": "log", "tickvals": ticks, "ticktext": [f"{y:,.6g}" for y in ticks]},
         )  # fmt: skip
         says = (
-            "Perplexity ± standard error over windows; every length predicts the same tokens. Dotted: the training length. "
-            "–: the encoding has no positions there. Bold: the lowest of the rows shown."
+            "Perplexity ± standard error over windows, or over documents where a row names them; every length predicts the "
+            "same tokens. Dotted: the training length. –: the encoding has no positions there. "
+            "Bold: the lowest of the rows shown."
         )
         head = ["run", "encoding", "step", "evaluated on", *(f"{n:,}" for n in lengths)]
         return section("Perplexity by length", note(says) + plot + table(head, rows, "contest"))

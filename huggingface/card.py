@@ -1,18 +1,17 @@
 """The model card of an export, from what the run says of itself."""
 
-import json
 from pathlib import Path
-from typing import Any
 
+from evaluation.results import Result, read_results
 from model import GPT
 from system.errors import printable
-from training.checkpoint import State
+from training.checkpoint import MODEL, State
 from training.provenance import git_version
 
 SHOWN = ("encoding", "n_layer", "n_head", "n_embd", "block_size", "tokens_per_step", "steps", "lr", "seed")
 
 
-def card(model: GPT, state: State, evaluations: list[dict[str, Any]], custom: bool, n_vocab: int) -> str:
+def card(model: GPT, state: State, evaluations: list[Result], custom: bool, n_vocab: int) -> str:
     """README.md of the folder: what the model is, how to load it, what it was trained on, what it reaches."""
     cfg = model.cfg
     code = ", trust_remote_code=True" if custom else ""
@@ -59,11 +58,9 @@ MIT for weights and code; what the training data asks for holds beside it.
 """
 
 
-def perplexities(state: State, evaluations: list[dict[str, Any]]) -> str:
-    """A table of the evaluations of this checkpoint; without any, the last validation."""
-    rows = [
-        f"| {one['length']} | {one['perplexity']:.2f} | {one['tokens']:,} |" for one in evaluations if one["step"] == state.step
-    ]
+def perplexities(state: State, evaluations: list[Result]) -> str:
+    """A table of the evaluations; without any, the last validation."""
+    rows = [f"| {one['length']} | {one['perplexity']:.2f} | {one['tokens']:,} |" for one in evaluations]
     if rows:
         return "\n".join(["| length | perplexity | tokens |", "|---:|---:|---:|", *rows])
     if state.val_loss is None:
@@ -71,10 +68,7 @@ def perplexities(state: State, evaluations: list[dict[str, Any]]) -> str:
     return f"Validation loss during training: {state.val_loss:.4f} nats per token (step {state.val_step})."
 
 
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """What eval_ppl.py --json RUN/eval.json has left there: results with a perplexity and without scaled phases."""
-    try:
-        found = json.loads((run / "eval.json").read_text())
-        return [one for one in found if one["perplexity"] is not None and not one.get("rope_scaling") and one["tokens"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def read_evaluations(run: Path, state: State) -> list[Result]:
+    """The results in the run's eval.json that are of the checkpoint's weights and special in nothing but a limit of tokens."""
+    found = [r for r in read_results(run / "eval.json") if r.get("weights") == state.sha256[MODEL] and r.get("perplexity")]
+    return [r for r in found if all(words.startswith("first ") for words in r["special"])]

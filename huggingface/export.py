@@ -43,7 +43,7 @@ def export(run: str | Path, out: str | Path) -> str:
     custom = cfg.encoding not in ARCHITECTURES
     config, weights = converted(model, n_vocab)
     config |= {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "tie_word_embeddings": True, "dtype": "float32"}
-    evaluations = read_evaluations(checkpoint.parent.parent)
+    evaluations = read_evaluations(checkpoint.parent.parent, state)
     files = tokenizer_files(tokenizer, model.max_len) | {
         "config.json": as_json(config),
         "generation_config.json": as_json({"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import socket
@@ -72,10 +73,19 @@ def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
         file.write(whole)
 
 
+def standard_json(value: Any) -> Any:
+    """`value` with None for NaN and the infinities, which JSON does not have and only Python reads."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: standard_json(one) for key, one in value.items()}
+    return [standard_json(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, whole or not at all; numbers that JSON does not have become null."""
     with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=1)
+        json.dump(standard_json(value), file, indent=1, allow_nan=False)
         file.write("\n")
 
 

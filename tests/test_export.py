@@ -13,6 +13,7 @@ from huggingface.bundle import bundle, needs
 from huggingface.export import export
 from positional import ENCODINGS
 from system.errors import UserError
+from system.files import sha256_file
 from text.tokenizer import load_tokenizer
 from training.checkpoint import MODEL, OPTIMIZER, State, write_checkpoint
 
@@ -170,12 +171,17 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_the_model_card_says_what_the_run_says(tmp_path):
     run = tmp_path / "run"
     saved(run, "carope")
-    results = [{"length": 512, "perplexity": 7.25, "tokens": 1000, "step": 3, "rope_scaling": None}]
     export(run, tmp_path / "first")
+    of_it = {"tokens": 1000, "step": 3, "weights": sha256_file(run / "checkpoints/step_000003" / MODEL)}
+    results = [
+        of_it | {"length": 512, "perplexity": 7.25, "special": ["first 1000"]},
+        of_it | {"length": 512, "perplexity": 7.5, "special": ["stride 8"]},
+        of_it | {"length": 512, "perplexity": 7.75, "special": [], "weights": "of the run that was here before"},
+    ]
     (run / "eval.json").write_text(json.dumps(results))
     export(run, tmp_path / "second")
     first, second = ((tmp_path / name / "README.md").read_text() for name in ("first", "second"))
-    assert "2.5000 nats" in first and "| 512 | 7.25 | 1,000 |" in second
+    assert "2.5000 nats" in first and "| 512 | 7.25 | 1,000 |" in second and second.count("| 512 | 7") == 1
     assert "33,762 parameters" in first  # 63 rows of padding fewer than in training
     assert "license: mit" in first and "`carope`" in first and "| tokens seen | 300 |" in first and "abc" in first
 

@@ -67,7 +67,7 @@ def assert_has_log(stored, folder):
 def assert_has_results(stored, results):
     """The server's run has the numbers of eval_ppl.py's JSON, as a table and in its summary."""
     assert stored.table("perplexity") == rows(results)
-    assert [stored.summary[f"perplexity/{r['length']}"] for r in results] == [r["perplexity"] for r in results]
+    assert [stored.summary[summary_key(r)] for r in results] == [r["perplexity"] for r in results]
 
 
 def evaluate(folder, json_file, *words, **kwargs):
@@ -133,7 +133,8 @@ def test_offline_perplexities_leave_the_history_alone_and_sync_sends_it_all(offl
         assert stored.config["encoding"]["value"] == "learned"
         assert_has_log(stored, tmp_path / "r")
         assert stored.table("perplexity") == rows(results)
-        assert stored.summary["perplexity/32"] == results[0]["perplexity"] and "perplexity/64" not in stored.summary
+        assert stored.summary["perplexity/32/first500"] == results[0]["perplexity"]
+        assert not any(key.startswith("perplexity/64") for key in stored.summary)
         *_, train, val = records(tmp_path / "r")
         assert (stored.summary["loss"], stored.summary["val_loss"]) == (train["loss"], val["val_loss"])
         assert server.unknown == []
@@ -212,14 +213,6 @@ def test_the_table_does_without_an_upload_that_fails(runs, capsys):
         f"warning: --wandb: {runs / 'carope'} was trained without wandb, which has no run to put its perplexities into; "
         f"eval_ppl.py {runs / 'carope'} --wandb uploads its perplexities\n"
     )
-
-
-def test_what_is_not_a_plain_perplexity_has_another_name():
-    plain = {"length": 512, "stride": 512, "rope_scaling": None, "scale": None}
-    assert summary_key(plain) == "perplexity/512"
-    assert summary_key(plain | {"rope_scaling": "yarn", "scale": 4.0}) == "perplexity/512/yarn4"
-    assert summary_key(plain | {"stride": 256}) == "perplexity/512/stride256"
-    assert summary_key(plain | {"min_document_tokens": 256}) == "perplexity/512/documents256"
 
 
 def test_an_unusable_setting_in_the_environment_is_one_line(small):

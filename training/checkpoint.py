@@ -11,7 +11,7 @@ import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -53,6 +53,8 @@ class State(BaseModel):
     log_bytes: NonNegativeInt
     guard: dict[str, list[Finite]] = {}
     git: str | None
+    source: str | None = None  # of the encoding, training.provenance.source_of
+    dtype: Literal["bfloat16", "float32"] | None = None  # autocast type of this start
     sha256: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")

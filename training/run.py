@@ -24,7 +24,7 @@ from distributed import Distributed
 from model import GPT
 from system.console import remark
 from system.errors import EXIT_REQUEUE, UserError
-from system.files import atomic_write, locked, write_json
+from system.files import atomic_write, locked, standard_json, write_json
 from training.checkpoint import (
     CheckpointWriter,
     State,
@@ -35,7 +35,7 @@ from training.checkpoint import (
     set_aside_newer,
 )
 from training.guard import Guard
-from training.provenance import environment, git_version
+from training.provenance import environment, git_version, source_of, warn_of_other_source
 from training.trackers import Progress, Tracker, make_trackers
 
 LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
@@ -85,6 +85,7 @@ class Run:
                     stream.verify()
             if self.dist.is_main and found:
                 check_same(found[1], self.cfg, data)
+                warn_of_other_source(found[0], found[1])
                 self._shards = check_unchanged(found[1].shards, streams)
             elif self.dist.is_main:
                 self._shards = [record for stream in streams for record in stream.records()]
@@ -178,6 +179,8 @@ class Run:
             log_bytes=self._log_file.tell(),
             guard=self._guard.history,
             git=git_version(),
+            source=source_of(self.cfg.encoding),
+            dtype="bfloat16" if self.dist.dtype == torch.bfloat16 else "float32",
         )
 
     def log(self, step: int, **values: float) -> None:
@@ -216,7 +219,7 @@ class Run:
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
-            line = json.dumps(record).encode() + b"\n"
+            line = json.dumps(standard_json(record), allow_nan=False).encode() + b"\n"
             if self._log_file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:

@@ -12,7 +12,10 @@ from training.checkpoint import config_of, find_checkpoint
 from training.run import LOCK_PATIENCE_S, read_log
 from training.trackers import WANDB_ID, start_wandb
 
-COLUMNS = ("length", "perplexity", "stderr", "tokens", "step", "stride", "min_document_tokens", "rope_scaling", "scale")
+COLUMNS = (
+    "length", "perplexity", "stderr", "tokens", "step", "stride", "max_tokens", "min_document_tokens", "rope_scaling", "scale",
+    "dtype", "data",
+)  # fmt: skip
 
 
 def tracked(path: str | Path) -> tuple[Path, Config]:
@@ -48,12 +51,5 @@ def upload(path: str | Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def summary_key(result: Mapping[str, Any]) -> str:
-    """perplexity/1024; where asked for with scaled phases, a stride or documents, as in …/yarn4/stride256/documents512."""
-    parts = ["perplexity", str(result["length"])]
-    if result["rope_scaling"]:
-        parts.append(f"{result['rope_scaling']}{result['scale']:g}")
-    if result["stride"] != result["length"]:
-        parts.append(f"stride{result['stride']}")
-    if result.get("min_document_tokens"):
-        parts.append(f"documents{result['min_document_tokens']}")
-    return "/".join(parts)
+    """perplexity/1024; where it is special, as in perplexity/1024/yarn4/stride256/documents512, by that too."""
+    return "/".join(["perplexity", str(result["length"]), *(words.replace(" ", "") for words in result["special"])])
