@@ -186,8 +186,9 @@ def parse_args(argv: list[str]) -> Job:
     )  # fmt: skip
     add(
         "--pretokenized", metavar="WHERE",
-        help="instead of text, shards of GPT-2's tokens: OWNER/NAME[@REVISION][/FOLDER] on the hub or a local folder, with "
-        ".bin files of llm.c or .npy files of build-nanogpt; what says val is validation, else the first",
+        help="instead of text, shards of tokens: OWNER/NAME[@REVISION][/FOLDER] on the hub or a local folder, with .bin files "
+        "of llm.c or nanoGPT or .npy files of build-nanogpt; GPT-2's tokens where no manifest.json says otherwise; what says "
+        "val is validation, else the first",
     )  # fmt: skip
     add("--out", type=Path, help="folder for the shards (default: data/fineweb-edu-10B, for the demo data/demo)")
     add("--tokenizer", help=f"{' or '.join(TOKENIZERS)} (default: gpt2, for the demo bytes)")
@@ -242,7 +243,7 @@ def pretokenized_job(args: argparse.Namespace) -> Job:
     where = args.pretokenized
     for name in ("source", "tokenizer", "shard_tokens", "val_tokens"):
         if getattr(args, name) not in (None, "gpt2"):
-            raise UserError(f"--{name} does not go with --pretokenized: the shards are taken as they are, of GPT-2's tokens")
+            raise UserError(f"--{name} does not go with --pretokenized: the shards are taken as they are")
     out = args.out or {FINEWEB_TOKENS: Path("data/fineweb-edu-10B")}.get(where)
     if out is None:
         raise UserError(f"--pretokenized {where}: say with --out which folder its shards go to, e.g. --out data/mine")

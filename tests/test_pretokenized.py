@@ -256,6 +256,92 @@ def test_a_folder_of_npy_shards_is_linked_and_trains(tmp_path):
     assert train(load_config([*words, *size, "--eval_tokens=64", "--final_eval_tokens=64", "--verify_data=full"])) == 0
 
 
+def bytes_folder(tmp_path: Path) -> Path:
+    """A data folder of ours, by the tokenizer "bytes"."""
+    (tmp_path / "a.txt").write_text("Some words to begin with. " * 400)
+    words = ["--source", tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "ours", "--shard_tokens", 3000]
+    prepare_fineweb.prepare(prepare_fineweb.parse_args([*map(str, words), "--val_tokens", "1000"]))
+    return tmp_path / "ours"
+
+
+def test_a_manifest_is_believed_in_a_folder(tmp_path):
+    ours, out = bytes_folder(tmp_path), tmp_path / "out"
+    pretokenized.adopt(str(ours), out, None, 2)
+    mine, theirs = (json.loads((folder / "manifest.json").read_text()) for folder in (out, ours))
+    assert [mine[key] for key in ("tokenizer", "n_vocab", "eot", "tokens", "documents")] == ["bytes", 257, 256, 10401, 1]
+    assert [(s["split"], s["sha256"]) for s in mine["shards"]] == [(s["split"], s["sha256"]) for s in theirs["shards"]]
+    stream = TokenStream(out, "train", 257)
+    assert stream.tokenizer == "bytes" and stream.eot == 256
+    (out / "train_000002.bin").unlink()
+    pretokenized.adopt(str(ours), out, None, 2)  # and again what is missing
+    assert mine == json.loads((out / "manifest.json").read_text())
+
+
+def test_a_manifest_is_believed_on_the_hub(tmp_path):
+    ours = bytes_folder(tmp_path)
+    files = {path.name: path.read_bytes() for path in ours.iterdir()}
+    with serving_files(files, tmp_path / "data", OWNER, "") as server:
+        env = {**server.env, "HF_HOME": str(tmp_path / "home")}
+        rc, _, err = run("--pretokenized", OWNER, "--out", tmp_path / "data", env=env, constants={"FIRST_WAIT": 0.05})
+    assert rc == 0, err
+    made = contents(tmp_path / "data")
+    assert made.keys() == files.keys() and all(made[name] == contents(ours)[name] for name in files if name.endswith(".bin"))
+    assert json.loads((tmp_path / "data/manifest.json").read_text())["tokenizer"] == "bytes"
+
+
+def changed(manifest: Path, **values: object) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | values))
+
+
+@pytest.mark.parametrize("case", ["damaged", "other shards", "no manifest of ours", "too few ids", "changed shard"])
+def test_a_manifest_that_cannot_be_believed_is_refused(tmp_path, case):
+    ours, out = bytes_folder(tmp_path), ["--out", tmp_path / "out"]
+    manifest = ours / "manifest.json"
+    if case == "damaged":
+        manifest.write_text(manifest.read_text()[:100])
+        expected = "unreadable manifest"
+    elif case == "other shards":
+        (ours / "train_000001.bin").rename(ours / "train_000009.bin")
+        expected = "train_000001.bin is either not there or not in its manifest.json"
+    elif case == "no manifest of ours":
+        manifest.write_text('{"name": "an app"}')
+        expected = "unreadable manifest (tokenizer: Field required)"
+    elif case == "too few ids":
+        changed(manifest, tokenizer="tiny", n_vocab=100)
+        expected = "its tokenizer 'tiny' has 100 ids; it is a shard of another tokenizer, or damaged"
+    else:
+        data = bytearray((ours / "val_000000.bin").read_bytes())
+        data[-2] ^= 1
+        (ours / "val_000000.bin").write_bytes(data)
+        expected = "val_000000.bin: is not the shard that its manifest.json lists (another sha256)"
+    assert expected in error_of("--pretokenized", ours, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nanogpts_files_without_a_header_become_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretokenized, "PIECE_TOKENS", 20_000)
+    rng = np.random.default_rng(0)
+    ids = {name: rng.integers(0, 50257, n).astype("<u2") for name, n in {"train.bin": 50_000, "val.bin": 7000}.items()}
+    theirs = folder_of(tmp_path / "theirs", {name: tokens.tobytes() for name, tokens in ids.items()})
+    with pytest.raises(UserError, match=r"without a header, as nanoGPT writes them; .* --pretokenized .*/theirs --out FOLDER"):
+        TokenStream(theirs, "train", 50304)
+    out = tmp_path / "out"
+    prepare_fineweb.prepare(prepare_fineweb.parse_args(["--pretokenized", str(theirs), "--out", str(out)]))
+    names = ["manifest.json", "train_000001.bin", "train_000002.bin", "train_000003.bin", "val_000000.bin"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    for split in ("train", "val"):
+        stream = TokenStream(out, split, 50304)
+        stream.verify()
+        assert np.array_equal(stream.read(0, len(stream)), ids[f"{split}.bin"])
+    assert contents(theirs) == {name: hashlib.sha256(tokens.tobytes()).hexdigest() for name, tokens in ids.items()}
+    (out / "train_000002.bin").unlink()
+    pretokenized.adopt(str(theirs), out, None, 2)
+    assert (out / "train_000002.bin").exists()
+
+    (theirs / "meta.pkl").write_bytes(b"anything")
+    assert "of a vocabulary of their own" in error_of("--pretokenized", theirs, "--out", tmp_path / "other")
+
+
 def test_another_file_system_gets_a_copy(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")

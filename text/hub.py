@@ -36,8 +36,9 @@ class BadAnswer(Exception):
 class HubFiles:
     """Files of `suffixes` in a folder of a dataset repository on the hub: hf://datasets/OWNER/NAME[@REVISION][/FOLDER].
 
-    A file in the user's cache (HF_HOME) is read there and stays there; any other is downloaded into `scratch`. `option` is the
-    flag of the command line that errors name. Several threads may download; `stopped` ends them soon.
+    A file of the name `beside` is among them where there is one. What is in the user's cache (HF_HOME) is read there and stays
+    there; any other is downloaded into `scratch`. `option` is the flag of the command line that errors name. Several threads
+    may download; `stopped` ends them soon.
     """
 
     def __init__(
@@ -47,15 +48,16 @@ class HubFiles:
         revision: str | None = None,
         suffixes: tuple[str, ...] = (".parquet",),
         option: str = "--source",
+        beside: str | None = None,
     ) -> None:
         match = HUB.fullmatch(url)
         if not match:
             raise UserError(f"{option} {url}: expected hf://datasets/OWNER/NAME[@REVISION][/FOLDER]")
         self.url, self.scratch, self.suffixes, self.option = url, scratch, suffixes, option
-        self.stopped = threading.Event()
+        self.stopped, self._wanted = threading.Event(), (*suffixes, *([f"/{beside}"] if beside else []))
         self.repo, self.folder = match["repo"], match["folder"]
         self.revision, found = self._list(revision or match["revision"] or "main")
-        if not found:
+        if not any(name.endswith(suffixes) for name, _, _ in found):
             raise UserError(f"{option} {url}: no {' or '.join(suffixes).replace('.parquet', 'parquet')} files there")
         self.files = [SourceFile(name, size, int(HUB_TEXT_RATIO * size), sha256) for name, size, sha256 in sorted(found)]
         to_come = [f.size - _size(self._part(i)) for i, f in enumerate(self.files) if not self.cached(f)]
@@ -69,13 +71,16 @@ class HubFiles:
         if constants.HF_HUB_OFFLINE:
             cached = partial(snapshot_download, self.repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
             root = Path(self._retried(what, cached))
-            paths = [path for path in (root / (self.folder or "")).rglob("*") if path.suffix in self.suffixes]
+            paths = [path for path in (root / (self.folder or "")).rglob("*") if self._is_wanted(path.as_posix())]
             return root.name, [(path.relative_to(root).as_posix(), path.stat().st_size, None) for path in paths]
         info = self._retried(what, lambda: HfApi().repo_info(self.repo, repo_type="dataset", revision=revision, timeout=wait))
         commit = info.sha or revision
         tree = self._retried(f"the files of {what}", lambda: self._tree(commit))
-        found = [entry for entry in tree if entry["type"] == "file" and entry["path"].endswith(self.suffixes)]
+        found = [entry for entry in tree if entry["type"] == "file" and self._is_wanted(entry["path"])]
         return commit, [(entry["path"], entry["size"], _sha256((entry.get("lfs") or {}).get("oid"))) for entry in found]
+
+    def _is_wanted(self, path: str) -> bool:
+        return f"/{path}".endswith(self._wanted)
 
     def _tree(self, commit: str) -> list[dict[str, Any]]:
         """What lies in the folder, as the hub tells it; HfApi.list_repo_tree would wait for a silent hub forever."""

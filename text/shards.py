@@ -152,8 +152,21 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def is_headerless(path: Path) -> bool:
+    """Whether the file is nanoGPT's train.bin or val.bin by its name, and holds uint16 ids from its first byte on."""
+    if path.name not in ("train.bin", "val.bin") or not path.is_file():
+        return False
+    size, first = path.stat().st_size, np.fromfile(path, dtype="<i4", count=1)
+    return size > 0 and size % 2 == 0 and not (first.size and first[0] == MAGIC)
+
+
 def _open_bin(path: Path) -> np.ndarray:
     size = path.stat().st_size
+    if is_headerless(path):
+        raise UserError(
+            f"{path}: token ids without a header, as nanoGPT writes them; `python prepare_fineweb.py --pretokenized "
+            f"{path.parent} --out FOLDER` makes shards of them"
+        )
     if size < HEADER_BYTES:
         raise UserError(f"{path}: {size} bytes, shorter than a shard's {HEADER_BYTES}-byte header; prepare the data again")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
