@@ -10,7 +10,6 @@ import argparse
 import difflib
 import json
 import math
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from system.console import CommandLine
 from system.errors import UserError
+from system.host import ranks
 
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
@@ -225,7 +225,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
     if args.print_config:
         print(to_toml(cfg), end="")
         raise SystemExit(0)
-    grad_accum(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    grad_accum(cfg, ranks().world_size)
     return cfg
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from system.errors import EXIT_LOST_RANK, UserError, end_at_once
 from system.fsdp import compile_blocks, is_sharded, shard
+from system.host import ranks
 from system.rendezvous import meet
 from system.watchdog import Watchdog, follow_parent
 
@@ -41,9 +42,7 @@ class Distributed:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.local_rank, self.world_size = ranks()
         self.is_main = self.rank == 0
         self._watchdog: Watchdog | None = None
         self._is_sharding = False
@@ -232,11 +231,12 @@ def peak_flops(device_name: str) -> float | None:
 
 def pick_device(wanted: str) -> torch.device:
     """The device of this process for "cuda", "mps", "cpu", or "auto": the first of them that is there and can be used."""
-    has_cuda, has_mps, ranks = torch.cuda.is_available(), torch.backends.mps.is_available(), os.environ.get("WORLD_SIZE", "1")
-    if wanted == "mps" and ranks != "1":
-        raise UserError(f"device = 'mps': one process can use it, not {ranks}; leave out torchrun, or --device=cpu")
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    _, index, world_size = ranks()
+    if wanted == "mps" and world_size > 1:
+        raise UserError(f"device = 'mps': one process can use it, not {world_size}; leave out torchrun, or --device=cpu")
     if wanted == "auto":
-        wanted = "cuda" if has_cuda else "mps" if has_mps and ranks == "1" else "cpu"
+        wanted = "cuda" if has_cuda else "mps" if has_mps and world_size == 1 else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
     if not {"cuda": has_cuda, "mps": has_mps}[wanted]:
@@ -244,7 +244,7 @@ def pick_device(wanted: str) -> torch.device:
         raise UserError(f"device = {wanted!r}: this machine has no {name} that torch can use; --device=cpu works everywhere")
     if wanted == "mps":
         return torch.device("mps")
-    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    count = torch.cuda.device_count()
     if index >= count:
         message = f"local rank {index} has no GPU, this node has {count}; --nproc_per_node={count} is the most"
         raise UserError(message, alone=index == count)  # local rank 0 has one and does not come here: the first without says it

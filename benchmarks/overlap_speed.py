@@ -20,6 +20,7 @@ from typing import Any
 
 from config import Config, grad_accum, load_config
 from system.errors import UserError
+from system.host import ranks
 
 Interval = tuple[float, float]
 Event = dict[str, Any]  # of a Chrome trace: name, cat, ph; ts and dur in microseconds
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         for value in values if isinstance(values, list) else [values]:
             if value <= 0:
                 raise UserError(f"--{name} = {value}: must be more than 0")
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if ranks().world_size < 2:
         raise UserError("overlap: needs two ranks or more; torchrun --standalone --nproc_per_node=2 bench.py overlap …")
     cfg = load_config(rest)
     from benchmarks.measure import interleave, speedup, spread

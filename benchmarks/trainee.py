@@ -29,6 +29,7 @@ from eval_ppl import evaluate
 from kernels.attention import chosen
 from model import GPT
 from system.console import QUIET
+from system.host import ranks
 from text.shards import write_shard
 from training.guard import Guard
 from training.optim import make_optimizer
@@ -171,7 +172,7 @@ def bench_config(words: list[str], micro_steps: int, candidate: str = "") -> Con
     encoding, *more = candidate.split(",")
     options = [*([f"--encoding={encoding}"] if encoding else []), *(f"--{one}" for one in more if not one.endswith(".toml"))]
     cfg = load_config([*words, *(one for one in more if one.endswith(".toml")), *options])
-    tokens = micro_steps * cfg.micro_batch * cfg.block_size * int(os.environ.get("WORLD_SIZE", "1"))
+    tokens = micro_steps * cfg.micro_batch * cfg.block_size * ranks().world_size
     return cfg.model_copy(update={"tokens_per_step": tokens})
 
 

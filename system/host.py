@@ -1,11 +1,14 @@
 """What torch makes of a host: threads, memory, fallbacks. Import it before torch, which reads these settings when it comes.
 
-What the environment says already is left as it is.
+What the environment says already is left as it is. And what torchrun says in it: `ranks`.
 """
 
 import ctypes
 import os
 from contextlib import suppress
+from typing import NamedTuple
+
+from system.errors import UserError
 
 # On a CPU that others use too, threads that spin for each other long hold up each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -28,3 +31,34 @@ def keep_freed_memory() -> None:
 
 if not any(name.startswith("MALLOC_") for name in os.environ):
     keep_freed_memory()
+
+
+class Ranks(NamedTuple):
+    """This process among all of a start, and among those on its machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def ranks() -> Ranks:
+    """What torchrun tells this process in environment variables; without any of them it is alone.
+
+    Raises UserError where only some are there, or where they cannot be: a rank that nobody waits for would write nothing.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not any(name in os.environ for name in names):
+        return Ranks(0, 0, 1)
+    told = {name: os.environ.get(name, "") for name in (*names, "MASTER_ADDR", "MASTER_PORT")}
+    there, missing = ([name for name, value in told.items() if bool(value) is given] for given in (True, False))
+    way_out = "start it with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE` for a process alone"
+    if missing:
+        are = "are" if len(missing) > 1 else "is"
+        raise UserError(
+            f"{', '.join(missing)} {are} missing in the environment, which has {', '.join(there)}; {way_out}", alone=True
+        )
+    rank, local_rank, world_size = (int(told[name]) if told[name].isdecimal() else -1 for name in names)
+    if not 0 <= local_rank <= rank < world_size:
+        said = ", ".join(f"{name} = {told[name]!r}" for name in names)
+        raise UserError(f"{said}: in the environment, and cannot be; {way_out}", alone=True)
+    return Ranks(rank, local_rank, world_size)

@@ -158,6 +158,13 @@ def wait_until(child: subprocess.Popen[str], condition: Callable[[], object]) ->
         time.sleep(0.02)
 
 
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    """What torchrun's environment says to one of `world_size` ranks on this machine."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+
+
 class Hold:
     """A point at which one process of a command waits for the test: before call number `nth` of `where`, "module:function".
 

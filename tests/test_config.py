@@ -1,7 +1,7 @@
 """Layering, help, and every refusal of the configuration."""
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, as_rank, run_command
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,7 +110,7 @@ def test_a_wrong_key_or_value_in_a_file_names_the_file(tmp_path):
 
 
 def test_every_rank_counts_in_the_micro_batch(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    as_rank(monkeypatch, 0, 3)
     with pytest.raises(UserError, match=r"3 device\(s\)"):
         load_config([])
 

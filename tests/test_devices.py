@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import as_rank, run_command
 from test_positional import ALL, T, build, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -90,7 +91,7 @@ def test_the_device_is_the_first_that_is_there_and_can_be_used(monkeypatch, want
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setenv("WORLD_SIZE", ranks)
+    as_rank(monkeypatch, 0, int(ranks))
     if picked in ("cpu", "cuda", "mps"):
         device = pick_device(wanted)
         assert device.type == picked
@@ -104,7 +105,7 @@ def test_the_device_is_the_first_that_is_there_and_can_be_used(monkeypatch, want
 def test_of_more_ranks_than_gpus_the_first_without_one_says_so(monkeypatch, local_rank, says_it):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    as_rank(monkeypatch, local_rank, 4)
     with pytest.raises(UserError, match=f"local rank {local_rank} has no GPU, this node has 2") as refused:
         pick_device("auto")
     assert refused.value.alone is says_it
@@ -123,3 +124,28 @@ def test_a_process_compiles_as_many_models_as_a_bench_holds(monkeypatch):
         net(x_BT, x_BT).backward()
         with torch.no_grad():
             net.eval()(x_BT, x_BT)
+
+
+TOLD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"RANK": "3"}, "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are missing in the environment, which has RANK"),
+        ({"LOCAL_RANK": "0"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are missing"),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "MASTER_PORT is missing"),
+        ({**TOLD, "WORLD_SIZE": ""}, "WORLD_SIZE is missing"),
+        ({**TOLD, "RANK": "2"}, "RANK = '2', LOCAL_RANK = '1', WORLD_SIZE = '2': in the environment, and cannot be"),
+        ({**TOLD, "LOCAL_RANK": "one"}, "LOCAL_RANK = 'one'"),
+        ({**TOLD, "RANK": "-1"}, "RANK = '-1'"),
+    ],
+)
+@pytest.mark.parametrize("script", ["train.py", "eval_ppl.py"])
+def test_a_part_of_torchruns_environment_is_refused(small, runs, tmp_path, script, told, message):
+    """What trained as a rank that nobody waits for wrote nothing, and left with 0."""
+    words = {"train.py": [*small, "--name=r"], "eval_ppl.py": [runs / "carope", "--lengths", "16", "--max_tokens", "100"]}
+    done = run_command(script, *words[script], env=told)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr and "start it with torchrun, or `unset" in done.stderr
+    assert not (tmp_path / "r").exists()
