@@ -66,11 +66,13 @@ def own_dtype(state: State, device: str) -> str:
 
 
 def read_results(path: Path) -> list[Result]:
-    """What eval_ppl.py wrote, or nothing where it has not or not in this form."""
+    """What eval_ppl.py wrote, or nothing where it has not or not in this form. Raises UserError for what cannot be read."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable or move it away") from None
     return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
 
 

@@ -1,6 +1,5 @@
 """The plan of a set of runs: which are there, which are unfinished, and how long the rest takes."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from data import TokenStream
 from evaluation.results import Question
 from system.errors import UserError
 from training.checkpoint import newest_checkpoint
-from training.run import check_same
+from training.run import check_same, read_log
 
 ROOT = Path(__file__).parent.parent
 H100S = 2  # the paper's, for the hours of runs whose speed nobody measured yet
@@ -63,10 +62,12 @@ def find(base: str | Path, variant: str, overrides: list[str]) -> Entry:
 
 def measured_rate(entry: Entry) -> float | None:
     """Median tokens/s in the log of the entry's run; None where it has none."""
-    log = entry.cfg.folder / "log.jsonl"
-    if entry.conflict or not log.exists():
+    if entry.conflict:
         return None
-    records = (json.loads(line) for line in log.read_text().splitlines())
+    try:
+        records = read_log((entry.cfg.folder / "log.jsonl").read_bytes())
+    except OSError:
+        return None
     rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
     return statistics.median(rates) if rates else None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from evaluation.results import read_results
 from system.errors import UserError
-from training.checkpoint import MODEL, newest_checkpoint
+from training.checkpoint import MODEL, list_checkpoints, peek
 from training.run import read_log
 
 MARKS = ("config.toml", "log.jsonl", "env.json", "checkpoints")  # a folder with one of these is a run
@@ -124,7 +124,7 @@ def read_run(folder: Path) -> RunRecord:
         mfu=_median(training, "mfu"),
         memory=max((r["peak_memory_bytes"] for r in training if _number(r.get("peak_memory_bytes"))), default=None),
         images=_read_images(folder, notes),
-        tasks=_read_tasks(folder, config),
+        tasks=_read_tasks(folder, config, notes),
         notes=notes,
     )
 
@@ -169,11 +169,15 @@ def _read_starts(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _read_variants(folder: Path, config: dict[str, Any], notes: list[str]) -> list[Variant]:
     variants: dict[tuple[Any, ...], Variant] = {}
-    found = newest_checkpoint(folder)
-    for r in _own_results(folder, "eval.json", config):
+    try:
+        newest = [state for path in list_checkpoints(folder)[-1:] if (state := peek(path))]
+    except UserError as error:
+        newest = []
+        notes.append(str(error))
+    for r in _own_results(folder, "eval.json", config, notes):
         if not isinstance(r.get("length"), int):
             continue
-        if found and r.get("step") == found[1].step and r.get("weights") not in (None, found[1].sha256[MODEL]):
+        if any(r.get("step") == state.step and r.get("weights") not in (None, state.sha256.get(MODEL)) for state in newest):
             notes.append(f"a result at length {r['length']} is of other weights than the newest checkpoint's and left out")
             continue
         key = (r.get("step"), tuple(_special(r)))
@@ -191,14 +195,18 @@ def _special(result: dict[str, Any]) -> list[str]:
     return scaled + ([f"first {result['max_tokens']}"] if result.get("max_tokens") else [])
 
 
-def _own_results(folder: Path, file: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _own_results(folder: Path, file: str, config: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """The results in `file` that are this run's: several runs may be evaluated into one file."""
     names = (None, config.get("name"), folder.name)
-    return [r for r in read_results(folder / file) if r.get("run") in names]
+    try:
+        return [r for r in read_results(folder / file) if r.get("run") in names]
+    except UserError as error:
+        notes.append(str(error))
+        return []
 
 
-def _read_tasks(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-    found = [r for r in _own_results(folder, "tasks.json", config) if isinstance(r.get("tasks"), dict)]
+def _read_tasks(folder: Path, config: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+    found = [r for r in _own_results(folder, "tasks.json", config, notes) if isinstance(r.get("tasks"), dict)]
     return [r for r in found if all(isinstance(metrics, dict) for metrics in r["tasks"].values())]
 
 

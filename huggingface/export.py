@@ -56,6 +56,7 @@ def export(run: str | Path, out: str | Path) -> str:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():
             (folder / name).write_bytes(content)
+        (folder / "model.safetensors").chmod((folder / "LICENSE").stat().st_mode)  # safetensors leaves it to its owner alone
     return ARCHITECTURES.get(cfg.encoding, "CARoPEForCausalLM")
 
 
@@ -87,7 +88,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
         yield temporary
-        temporary.chmod(0o755)
+        readable = next(temporary.iterdir()).stat().st_mode & 0o666  # by the umask, which mkdtemp does not ask
+        temporary.chmod(readable | (readable & 0o444) >> 2)
         for written in temporary.iterdir():
             with open(written, "rb+") as handle:
                 os.fsync(handle.fileno())

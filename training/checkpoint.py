@@ -37,6 +37,10 @@ Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Tensors = dict[str, dict[str, Tensor]]  # file → name → tensor
 
 
+class Unreadable(UserError):
+    """What is there cannot be read, so nobody knows whether it is whole: it is not passed over, and nothing takes its place."""
+
+
 class State(BaseModel):
     """state.json: where the run was, on what data, under which configuration. Raises pydantic.ValidationError."""
 
@@ -150,6 +154,8 @@ def write_checkpoint(run: Path, tensors: Tensors, state: State) -> Path:
             save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, temporary / file)
         sums = {file: sha256_file(temporary / file) for file in tensors}
         (temporary / STATE).write_text(sealed(state.model_dump() | {"sha256": sums}))
+        for file in tensors:  # which safetensors gives to nobody but their owner, whatever the umask
+            (temporary / file).chmod((temporary / STATE).stat().st_mode)
         for written in temporary.iterdir():
             with open(written, "rb+") as handle:
                 os.fsync(handle.fileno())
@@ -213,7 +219,10 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def read_state(path: Path) -> State:
-    """`state.json` of a checkpoint after checking every file's sha256. Raises UserError, naming the damaged file."""
+    """`state.json` of a checkpoint after checking every file's sha256.
+
+    Raises UserError, naming the file, for a damaged one, and Unreadable where it is not known whether it is.
+    """
     try:
         text = (path / STATE).read_bytes()
         state = State.model_validate_json(text)
@@ -225,25 +234,45 @@ def read_state(path: Path) -> State:
         if path.name.startswith("step_") and path.name != f"step_{state.step:06d}":
             raise UserError(f"{path / STATE}: it is of step {state.step}; the checkpoint is damaged")
         return state
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); the checkpoint is damaged") from None
+    except OSError as error:
+        raise _unreadable(error, path) from None
     except pydantic.ValidationError as error:
         raise UserError(f"{path / STATE}: {first_error(error)}; the checkpoint is damaged") from None
 
 
+def _unreadable(error: OSError, path: Path) -> Unreadable:
+    return Unreadable(
+        f"{error.filename or path}: cannot be read ({error.strerror}), so it is not known what is there; make it readable "
+        "(chmod -R u+rX), or give another --name or --out_dir"
+    )
+
+
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, unchecked."""
-    found = [path for path in (Path(run) / FOLDER).glob("step_*") if path.name[5:].isdecimal()]
+    """Checkpoint folders of a run, oldest first, unchecked. Raises Unreadable where there may be some."""
+    folder = Path(run) / FOLDER
+    try:
+        found = [path for path in folder.iterdir() if path.name.startswith("step_") and path.name[5:].isdecimal()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(error, folder) from None
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def newest_checkpoint(run: Path, at_most: int | None = None) -> tuple[Path, State] | None:
-    """The newest valid checkpoint of a run (of step `at_most`) and its state; damaged ones are named and passed over."""
+    """The newest valid checkpoint of a run (of step `at_most`) and its state; damaged ones are named and passed over.
+
+    Raises Unreadable where a newer one cannot be read.
+    """
     for path in reversed(list_checkpoints(run)):
         if at_most is not None and int(path.name[5:]) > at_most:
             continue
         try:
             return path, read_state(path)
+        except Unreadable:
+            raise
         except UserError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     return None
@@ -272,18 +301,20 @@ def set_aside_newer(run: Path, path: Path) -> None:
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one of lowest validation loss."""
+    """Delete all but the newest `keep` checkpoints and the one of lowest validation loss; none that cannot be read."""
     paths = list_checkpoints(run)
-    losses = {path: loss for path in paths if (loss := _val_loss(path)) is not None}
+    states = {path: state for path in paths if (state := peek(path))}
+    losses = {path: state.val_loss for path, state in states.items() if state.val_loss is not None}
     best = min(losses, key=losses.__getitem__, default=None)
     for path in paths[:-keep]:
-        if path != best:  # renamed first: a checkpoint is never there in part
+        if path in states and path != best:  # renamed first: a checkpoint is never there in part
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")), ignore_errors=True)
 
 
-def _val_loss(path: Path) -> float | None:
+def peek(path: Path) -> State | None:
+    """`state.json` of a checkpoint, with no file checked against it; None where it cannot be read or is damaged."""
     try:
-        return State.model_validate_json((path / STATE).read_bytes()).val_loss
+        return State.model_validate_json((path / STATE).read_bytes())
     except (OSError, pydantic.ValidationError):
         return None
 

@@ -270,7 +270,7 @@ class Run:
     def _earlier_starts(self) -> list[Any]:
         try:
             starts = json.loads((self.folder / "env.json").read_text()) if self._start else []
-        except (OSError, ValueError, RecursionError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return []
         return starts if isinstance(starts, list) else []
 
