@@ -13,8 +13,8 @@ class CARoPEConfig(PretrainedConfig):
 
     model_type = "carope"
 
-    def __init__(self, gpt: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.gpt = gpt or {}
+    def __init__(self, gpt: dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any) -> None:
+        self.gpt, self.use_cache = gpt or {}, use_cache
         if gpt:
             kwargs |= {
                 "vocab_size": gpt["vocab_size"],

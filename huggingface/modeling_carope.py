@@ -57,43 +57,120 @@ class CARoPEForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
+    # Divides the loss by num_items_in_batch itself, so that Trainer does not multiply it by its accumulation steps
+    accepts_loss_kwargs = True
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **unused: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), of the last `logits_to_keep` positions where that is not 0; with `labels`, (B, T), the mean loss of
-        the next tokens; −100 is no target.
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits (B, T, V), of the last `logits_to_keep` positions where that is not 0, or of those it lists; with `labels`,
+        (B, T), the loss of the next tokens, whose sum is divided by `num_items_in_batch` or by their number; −100 is no target.
 
-        Raises ValueError for a mask that hides a token before others: phases are counted from the first token on.
+        A cache that is passed in, `Past`, is used and extended; `use_cache` makes a new one (default: config.use_cache, and not
+        while training). Hidden states are the embeddings, each block's output, and in the last one's place the last norm's.
+        Raises ValueError for what cannot be done: a mask that hides a token before others or has more than two dimensions,
+        positions that are not counted from the first token on, embeddings in place of ids, attention weights, another cache.
         """
+        refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions or None)
+        if input_ids is None:
+            raise ValueError("input_ids: missing")
         check_mask(attention_mask)
-        past = past_of(past_key_values) if use_cache else None
-        logits = self.transformer(input_ids, cache=past.cache if past else None, last_only=logits_to_keep == 1)
+        past = past_of(past_key_values)
+        if past is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
+            past = Past()
+        start, T = len(past.cache) if past else 0, input_ids.size(1)
+        check_positions(position_ids, start, T, attention_mask)
+        check_positions(cache_position, start, T, None)
+        with HiddenStates(self.transformer, output_hidden_states or False) as hidden:
+            last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1 and labels is None and not output_hidden_states
+            logits = self.transformer(input_ids, cache=past.cache if past else None, last_only=last_only)
         loss = None
         if labels is not None:
-            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        if logits_to_keep:
+            total = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            )
+            loss = total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep]
+        elif logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)  # type: ignore[arg-type]
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past, hidden_states=hidden.states)  # type: ignore[arg-type]
+        return found if return_dict is not False else found.to_tuple()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+        """Our cache for `generate`, in place of transformers' own."""
+        refuse(cache_implementation=generation_config.cache_implementation)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = Past()
 
 
-def past_of(given: Any) -> Past:
-    """Our cache: the `given` one, or a new one in place of an empty one that `generate` has prepared."""
-    if isinstance(given, Past):
-        return given
-    if given is not None and given.get_seq_length() > 0:
-        raise ValueError(f"past_key_values: a filled {type(given).__name__} has no coordinates; start from the whole text")
-    return Past()
+class HiddenStates:
+    """While entered, takes what passes between the blocks of `model`: `states`, each (B, T, C), or None if not `asked` for."""
+
+    def __init__(self, model: GPT, asked: bool) -> None:
+        self.states: tuple[Tensor, ...] | None = () if asked else None
+        self._places = [*model.h, model.ln_f] if asked else []
+
+    def __enter__(self) -> "HiddenStates":
+        def before(_module: nn.Module, args: tuple) -> None:
+            self.states = (*(self.states or ()), args[0])
+
+        def after(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            self.states = (*(self.states or ())[:-1], output)
+
+        self._hooks = [place.register_forward_pre_hook(before) for place in self._places]
+        self._hooks += [place.register_forward_hook(after) for place in self._places[-1:]]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def refuse(**given: Any) -> None:
+    """Raise ValueError for the first argument that is not None: this model has no use for it."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: not supported by this model; leave it out")
+
+
+def past_of(given: Any) -> Past | None:
+    """Our cache, where one is given. Raises ValueError for another."""
+    if given is not None and not isinstance(given, Past):
+        raise ValueError(f"past_key_values: a {type(given).__name__} has no room for coordinates; use_cache=True makes a cache")
+    return given
+
+
+def check_positions(ids: Tensor | None, start: int, T: int, mask_BS: Tensor | None) -> None:
+    """Raise ValueError where positions, (T,) or (B, T), are not start … start+T−1 for the tokens that `mask_BS` shows."""
+    if ids is None:
+        return
+    wrong = ids != torch.arange(start, start + T, device=ids.device)
+    if mask_BS is not None and ids.dim() == 2:
+        wrong = wrong & mask_BS[:, -T:].bool()
+    if wrong.any():
+        raise ValueError("position_ids: this model counts positions from the first token on, without gaps; leave them out")
 
 
 def check_mask(mask_BS: Tensor | None) -> None:
     """Raise ValueError where a token that `mask_BS` hides stands before one that it shows; padding on the right is harmless."""
+    if mask_BS is not None and mask_BS.dim() != 2:
+        raise ValueError(
+            f"attention_mask: has {mask_BS.dim()} dimensions; this model takes (batch, tokens), 1 for a token that is there"
+        )
     if mask_BS is not None and torch.any(mask_BS[:, 1:] > mask_BS[:, :-1]):
         raise ValueError(
             "attention_mask: padding on the left moves every position of these encodings; generate for texts of one length, "

@@ -78,6 +78,100 @@ def test_the_cache_is_used_and_beams_reorder_it(transformers, tmp_path):
     torch.testing.assert_close(model(prompt, attention_mask=mask.flip(1)).logits, model(prompt).logits)
 
 
+@pytest.fixture
+def exported(transformers, tmp_path):
+    """An export of CARoPE, loaded as its users load it."""
+    saved(tmp_path / "run", "carope")
+    export(tmp_path / "run", tmp_path / "out")
+    return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+
+
+IDS = torch.arange(48).view(2, 24)
+
+
+def test_a_cache_that_is_passed_in_is_used(exported):
+    with torch.no_grad():
+        whole, first = exported(IDS), exported(IDS[:, :10])
+        second = exported(IDS[:, 10:20], past_key_values=first.past_key_values)
+        third = exported(
+            IDS[:, 20:], past_key_values=second.past_key_values, use_cache=True, cache_position=torch.arange(20, 24)
+        )
+    for found, part in ((second, slice(10, 20)), (third, slice(20, 24))):
+        torch.testing.assert_close(found.logits, whole.logits[:, part], atol=1e-5, rtol=0)
+    assert first.past_key_values is second.past_key_values and exported(IDS, use_cache=False).past_key_values is None
+    assert exported.train()(IDS).past_key_values is None
+
+
+def test_what_is_asked_of_forward_is_given(exported):
+    blocks, seen = [*exported.transformer.h, exported.transformer.ln_f], []
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in blocks]
+    found = exported(IDS, output_hidden_states=True, labels=IDS)
+    for hook in hooks:
+        hook.remove()
+    assert len(found.hidden_states) == exported.config.num_hidden_layers + 1
+    assert all(torch.equal(a, b) for a, b in zip(found.hidden_states[:-1], seen[:-1], strict=True))
+    torch.testing.assert_close(found.hidden_states[-1] @ exported.transformer.wte.weight.T, found.logits)
+    plain = exported(IDS, labels=IDS, return_dict=False)
+    assert isinstance(plain, tuple) and torch.equal(plain[0], found.loss) and torch.equal(plain[1], found.logits)
+    assert torch.equal(exported(IDS, logits_to_keep=torch.tensor([3, 7])).logits, found.logits[:, [3, 7]])
+    mask = torch.ones_like(IDS)
+    mask[0, 20:] = 0
+    same = exported(IDS, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).masked_fill(mask == 0, 1))
+    assert torch.equal(same.logits, found.logits)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("attention_mask", torch.ones(2, 1, 24, 24), "has 4 dimensions"),
+        ("attention_mask", (torch.arange(24) > 2).expand(2, 24).long(), "padding on the left"),
+        ("position_ids", torch.arange(1, 25), "counts positions from the first token on"),
+        ("position_ids", torch.arange(24).repeat(2, 1).flip(1), "counts positions from the first token on"),
+        ("inputs_embeds", torch.zeros(2, 24, 32), "inputs_embeds: not supported"),
+        ("output_attentions", True, "output_attentions: not supported"),
+        ("past_key_values", (), "a tuple has no room for coordinates"),
+    ],
+)
+def test_what_forward_cannot_do_it_refuses(exported, argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        exported(IDS, **{argument: value})
+    with pytest.raises(TypeError, match="token_type_ids"):
+        exported(IDS, token_type_ids=torch.zeros_like(IDS))
+
+
+def test_transformers_own_cache_is_refused_before_it_loses_anything(transformers, exported):
+    for call in (exported, exported.generate):
+        with pytest.raises(ValueError, match="a DynamicCache has no room for coordinates"):
+            call(IDS, past_key_values=transformers.DynamicCache())
+
+
+def test_trainer_takes_the_same_step_whatever_it_accumulates(transformers, exported, tmp_path):
+    """The loss, and the weights after a step of plain SGD, for four texts at a time and one by one."""
+    pytest.importorskip("accelerate", reason="pip install -r requirements-eval.txt")
+    texts = [{"input_ids": row, "labels": row} for row in torch.arange(96).view(4, 24)]
+    before = {name: p.detach().clone() for name, p in exported.named_parameters()}
+    after, losses = [], []
+    for size in (4, 1):
+        exported.load_state_dict(before, strict=False)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, max_steps=1, optim="sgd",
+            learning_rate=0.1, max_grad_norm=0.0, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+            logging_steps=1,
+        )  # fmt: skip
+        trainer = transformers.Trainer(exported, arguments, train_dataset=texts)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        after.append({name: p.detach().clone() for name, p in exported.named_parameters()})
+    mean = (
+        exported.load_state_dict(before, strict=False)
+        and exported(torch.stack([t["input_ids"] for t in texts]), labels=torch.stack([t["labels"] for t in texts])).loss
+    )
+    assert losses == pytest.approx([mean.item()] * 2, rel=1e-3)
+    for name, p in after[0].items():
+        torch.testing.assert_close(p, after[1][name], atol=1e-6, rtol=1e-4)
+    assert any(not torch.equal(p, before[name]) for name, p in after[0].items())
+
+
 @pytest.mark.parametrize("encoding", ["path", "carope"])
 def test_in_bf16_the_encoding_stays_in_fp32(transformers, tmp_path, encoding):
     ours = saved(tmp_path / "run", encoding)
