@@ -14,14 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import pytest
 
 pytest_plugins = ["fault_report"]
 ROOT = Path(__file__).parent.parent
+T = TypeVar("T", str, bytes)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it comes; several tests run at a time
 os.environ.update(WANDB_SILENT="true", WANDB__SERVICE_WAIT="300")
 
@@ -126,12 +130,16 @@ def start_command(*args: object, real: bool = False, **kwargs) -> subprocess.Pop
     """Start a script of the repository in a process group of its own; stderr is captured. `real`: see command_line."""
     env = kwargs.pop("env", {})
     command, pipes = command_line(args, env, real), {"stderr": subprocess.PIPE, "text": True} | kwargs
-    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes)
+    return ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes))
+
+
+STARTED: list[subprocess.Popen[Any]] = []
+
+
+def ends_with_the_test(child: subprocess.Popen[T]) -> subprocess.Popen[T]:
+    """`child`, which with all its children is killed after the test if it still runs."""
     STARTED.append(child)
     return child
-
-
-STARTED: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +156,9 @@ def nothing_is_left_running() -> Iterator[None]:
     yield
     while STARTED:
         if (child := STARTED.pop()).poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             child.communicate()
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import run_command
+from conftest import ends_with_the_test, run_command
 
 from text.tokenizer import load_tokenizer
 
@@ -79,9 +79,8 @@ def start(*args, env=None, constants=None, **options):
         f"runpy.run_path({script!r}, run_name='__main__')"
     )
     command = [sys.executable, *(["-c", changed] if constants else [script]), *map(str, args)]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})}, **options
-    )
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return ends_with_the_test(subprocess.Popen(command, env={**os.environ, **(env or {})}, **pipes, **options))
 
 
 def run(*args, constants=None, **options):

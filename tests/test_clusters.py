@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Hold, wait_until
+from conftest import ROOT, Hold, ends_with_the_test, wait_until
 
 from system.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 from training.checkpoint import newest_checkpoint
@@ -85,7 +85,7 @@ def test_a_signal_that_comes_before_python_is_ready_queues_again(corpus, tmp_pat
     """srun ends as a process does that a signal kills."""
     srun = '#!/bin/sh\ntrap "exit 138" USR1\necho >> "$CALLS.srun"\nwhile :; do sleep 0.05; done\n'
     env = slurm(tmp_path, srun, DATA=str(corpus))
-    job = subprocess.Popen(["bash", SCRIPT], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    job = ends_with_the_test(subprocess.Popen(["bash", SCRIPT], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
     wait_until(job, (tmp_path / "calls.srun").exists)
     job.send_signal(signal.SIGTERM)
     _, err = job.communicate()
@@ -107,7 +107,8 @@ def test_a_job_on_two_nodes_is_preempted_queued_again_and_makes_the_table(small,
     ]
     words = [*toy, "--steps=30", "--eval_every=30", "--save_every=30"]
     command, hold = ["bash", SCRIPT, *words], Hold(tmp_path, "training.step:update", 8)
-    job = subprocess.Popen(command, cwd=ROOT, env=env | hold.env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=env | hold.env, **pipes))
     run = tmp_path / "tiny-rope"
     hold.reached(job)
     job.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, ends_with_the_test, run_command
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 TOY = ["--n_layer=1", "--micro_batch=4", "--tokens_per_step=256", "--steps=4", "--eval_tokens=200", "--final_eval_tokens=200"]
@@ -65,7 +65,7 @@ def test_a_terminal_gets_a_bar_unless_it_is_to_be_quiet(options, corpus, tmp_pat
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     command = [sys.executable, "train.py", "config/lab.toml", f"--data={corpus}", f"--out_dir={tmp_path}", "--device=cpu", *TOY]
-    child = subprocess.Popen([*command, *options], cwd=ROOT, stderr=theirs)
+    child = ends_with_the_test(subprocess.Popen([*command, *options], cwd=ROOT, stderr=theirs))
     os.close(theirs)
     said = b""
     while True:

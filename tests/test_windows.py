@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, records, run_command
+from conftest import ROOT, ends_with_the_test, records, run_command
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 WITHOUT = """
@@ -85,9 +85,8 @@ def test_preparation_training_and_evaluation_need_nothing_that_windows_lacks(win
 def test_a_folder_is_locked_without_flock_too(windows, tmp_path):
     held = "from pathlib import Path; from system.files import locked\nwith locked(Path('{}')): {}"
     command = [sys.executable, "-c", held.format(tmp_path / "f", "print('in', flush=True); input()")]
-    first = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | windows, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=os.environ | windows, **pipes))
     assert first.stdin and first.stdout and first.stdout.readline() == "in\n"
     second = run_command("-c", held.format(tmp_path / "f", "print('in')"), env=windows)
     assert (

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_run, run_command, torchrun
+from conftest import ROOT, assert_same_run, ends_with_the_test, run_command, torchrun
 from torch.distributed import TCPStore
 
 from system.errors import EXIT_LOST_RANK
@@ -51,7 +51,8 @@ def test_a_rank_that_dies_unseen_by_a_launcher_is_named_by_the_others(fault, sma
         }
         env |= {"INJECT": "die 1 5"}
         command = [sys.executable, str(INJECT), *small, *WORDS, "--name=r"]
-        ranks.append(subprocess.Popen(command, env=os.environ | env, stderr=subprocess.PIPE, text=True, cwd=INJECT.parents[2]))
+        pipes = {"stderr": subprocess.PIPE, "text": True}
+        ranks.append(ends_with_the_test(subprocess.Popen(command, env=os.environ | env, cwd=INJECT.parents[2], **pipes)))
     _, stderr = ranks[0].communicate()
     ranks[1].communicate()
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
