@@ -143,7 +143,7 @@ def keep_losses(paths: Iterable[Path], out: Path) -> None:
         merge([*([there] if there else []), *mine]).save(out)
 
 
-@command
+@command(work_in_files=True)
 def main() -> None:
     """Show the plan; unless it is a dry run, do what is left of it, as far as --minutes go, and report."""
     args, overrides = parse_args()

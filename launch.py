@@ -50,7 +50,7 @@ def launch(arguments: list[str]) -> int:
     return 0
 
 
-@command
+@command(work_in_files=True)
 def main() -> int:
     """Launch what the command line says."""
     if not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):

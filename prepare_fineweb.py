@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from system.console import CommandLine, remark
 from system.errors import UserError, command
 from system.files import locked, write_json
+from system.host import heard
 from text.pretokenized import FINEWEB_TOKENS, adopt
 from text.progress import gigabytes, progress_bar
 from text.shards import MANIFEST, SCRATCH, SHARD_SUFFIXES, read_manifest
@@ -251,20 +252,19 @@ def pretokenized_job(args: argparse.Namespace) -> Job:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, whose number it holds."""
+    """A signal to leave, whose number it holds."""
 
 
 def interrupt(number: int, _frame: object) -> NoReturn:
-    """The handler of both signals."""
+    """The handler of these signals."""
     raise Interrupted(number)
 
 
-@command
+@command(work_in_files=True)
 def main() -> int:
     """Prepare what the command line asks for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup and the like
-            signal.signal(number, interrupt)
+    for number in heard("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(number, interrupt)
     job = parse_args(sys.argv[1:])
     try:
         prepare(job)

@@ -181,7 +181,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-@command
+@command(work_in_files=True)
 def main() -> int:
     """Show the plan; unless it is a dry run or a preflight, do what is left of it and render the table."""
     args, overrides = parse_args()

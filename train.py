@@ -81,7 +81,7 @@ def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) 
     run.warn(step, complaint if step > max(cfg.warmup_steps, cfg.steps // 10) else None)
 
 
-@command
+@command(work_in_files=True)
 def main() -> int:
     return train(load_config(sys.argv[1:]))
 

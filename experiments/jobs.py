@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.plan import ROOT
 from system.errors import EXIT_REQUEUE, UserError
+from system.host import heard
 from system.watchdog import PARENT
 
 POLL_S = 0.2
@@ -19,14 +20,14 @@ POLL_S = 0.2
 
 @contextmanager
 def signals_to(receive: Callable[[], None]) -> Iterator[list[int]]:
-    """While entered, SIGINT and SIGTERM call `receive`, once each; yields the list of those that came."""
+    """While entered, SIGINT, SIGTERM and SIGHUP call `receive`; yields the list of those that came. Ignored ones stay so."""
     received: list[int] = []
 
     def handler(number: int, _frame: Any) -> None:
         received.append(number)
         receive()
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in heard("SIGINT", "SIGTERM", "SIGHUP")}
     try:
         yield received
     finally:

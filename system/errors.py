@@ -2,13 +2,16 @@
 
 import atexit
 import functools
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by a signal after saving; start the same command again to go on
+EXIT_UNREAD = 141  # 128 + SIGPIPE: nobody read what was printed
 EXIT_LOST_RANK = 71  # EX_OSERR: another rank died or hangs; the same command goes on from the last checkpoint
 
 
@@ -61,15 +64,67 @@ def _end() -> None:
         os._exit(_Ending.code)
 
 
-def command(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130."""
+class Unheeding(io.FileIO):
+    """The raw side of an output stream: what cannot be written, as nobody reads it or the disk is full, is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write `data`, or not."""
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def open_all_three() -> None:
+    """Have descriptors 0, 1 and 2 lead to nowhere where a caller has closed them, and not to the next files that are opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free, so `number`
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+open_all_three()  # before any other file is opened
+
+
+def speak_anyway(*names: str) -> None:
+    """Have what is said on these streams of sys written if it can be, and otherwise dropped; it stops nothing.
+
+    A terminal of few characters gets a question mark for those it does not have.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+            continue  # a test's or a notebook's own
+        if name == "stdout":
+            stream.reconfigure(errors="replace")
+        if name in names and not isinstance(getattr(stream.buffer, "raw", None), Unheeding):
+            with suppress(OSError, ValueError):
+                stream.flush()
+            raw = io.BufferedWriter(Unheeding(stream.fileno(), "wb", closefd=False))
+            new = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.line_buffering, stream.write_through)
+            setattr(sys, name, new)
+            setattr(sys, f"__{name}__", new)
+
+
+def command(main: Callable[[], int | None] | None = None, *, work_in_files: bool = False) -> Any:
+    """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130.
+
+    What it says on stderr never stops it, and with `work_in_files`, where stdout is not the product, neither does what it says
+    there. Otherwise a reader of stdout who leaves, as in `… | head`, ends it with 141, as SIGPIPE would.
+    """
+    if main is None:
+        return functools.partial(command, work_in_files=work_in_files)
 
     @functools.wraps(main)
     def run() -> None:
         """Call `main`, then leave the process with its exit code."""
         _Ending.code = 1  # of a traceback
+        speak_anyway("stderr", *(["stdout"] if work_in_files else []))
         try:
             code: str | int | None = main()
+            sys.stdout.flush()
         except SystemExit as request:
             code = request.code
         except UserError as error:
@@ -81,9 +136,9 @@ def command(main: Callable[[], int | None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             code = 130
-        except BrokenPipeError:  # the reader of our output left, as in `… | head`
+        except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
+            code = EXIT_UNREAD
         _Ending.code = code if isinstance(code, int) else int(code is not None)
         sys.exit(code)
 

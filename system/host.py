@@ -1,10 +1,11 @@
 """What torch makes of a host: threads, memory, fallbacks. Import it before torch, which reads these settings when it comes.
 
-What the environment says already is left as it is. And what torchrun says in it: `ranks`.
+What the environment says already is left as it is. And what a caller says to a process: `ranks`, `heard`.
 """
 
 import ctypes
 import os
+import signal
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -31,6 +32,12 @@ def keep_freed_memory() -> None:
 
 if not any(name.startswith("MALLOC_") for name in os.environ):
     keep_freed_memory()
+
+
+def heard(*names: str) -> list[signal.Signals]:
+    """The signals of these names that the system has and that this process was not started to ignore, as nohup starts it."""
+    found = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Ranks(NamedTuple):

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 NEEDED = ["system.host", "torch._dynamo", "torch.distributed.run", "numpy", "pydantic", "safetensors.torch", "tqdm", "tiktoken",
           "pyarrow.parquet", "matplotlib.pyplot"]  # fmt: skip
 NUMBER = struct.Struct("i")
-PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 PYTHON = """#!/bin/sh
 fork() {{ exec {python} -S -E {server} {socket} "$@"; }}
 [ "$1" = -u ] && case "$2" in *.py) shift; export PYTHONUNBUFFERED=1 ;; esac

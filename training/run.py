@@ -25,6 +25,7 @@ from model import GPT
 from system.console import remark
 from system.errors import EXIT_REQUEUE, UserError
 from system.files import atomic_write, locked, standard_json, write_json
+from system.host import heard
 from training.checkpoint import (
     CheckpointWriter,
     State,
@@ -39,8 +40,7 @@ from training.provenance import environment, git_version, source_of, warn_of_oth
 from training.trackers import Progress, Tracker, make_trackers
 
 LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Slurm warns with the last, which Windows does not have
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two: Slurm's warning, and a terminal that closes
 
 
 class Leaving(Exception):
@@ -125,7 +125,7 @@ class Run:
             return
         self._bar = Progress(self.cfg, start, self.dist.is_main)
         self._open_things.callback(self._bar.close)
-        for number in SIGNALS:
+        for number in heard(*SIGNALS):
             self._open_things.callback(signal.signal, number, signal.signal(number, self._on_signal))
         self._restart_clock()
         for step in range(start, self.cfg.steps + 1):
@@ -228,7 +228,8 @@ class Run:
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = number
         if self.dist.is_main:  # os.write: print is not safe in a signal handler
-            os.write(2, f"\n{signal.Signals(number).name}: saving and leaving after this step\n".encode())
+            with suppress(OSError):  # nobody may be left to read it
+                os.write(2, f"\n{signal.Signals(number).name}: saving and leaving after this step\n".encode())
 
     def _restart_clock(self) -> None:
         self._clock, self._steps_timed = time.perf_counter(), 0
