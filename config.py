@@ -13,6 +13,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -203,9 +204,12 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
 
     Raises UserError naming key, value, place, limit and the nearest right key; SystemExit after --help, --print_config.
     """
-    for word in argv:
+    for word, after in pairwise([*argv, ""]):
         if UNPRINTABLE.search(word):
             raise UserError(f"{word!r} (command line): control characters are not taken")
+        is_value = after and not after.startswith("-") and not after.endswith(".toml")
+        if after == "=" or (word.startswith("--") and word.endswith("=") and is_value):
+            raise UserError(f"{word} {after}: --key=value is written without spaces")
     args, unknown = _parser(prog).parse_known_intermixed_args(list(argv))
     for word in unknown:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
@@ -293,7 +297,40 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
+ELSEWHERE = {  # what nanoGPT, llm.c and transformers call it → what it is here
+    "batch_size": "micro_batch, sequences of one forward pass on a device; tokens_per_step is the whole batch, in tokens",
+    "per_device_train_batch_size": "micro_batch",
+    "gradient_accumulation_steps": "nothing: it follows from tokens_per_step, micro_batch, block_size and the devices",
+    "grad_accum": "nothing: it follows from tokens_per_step, micro_batch, block_size and the devices",
+    "total_batch_size": "tokens_per_step",
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "max_iters": "steps",
+    "max_steps": "steps",
+    "num_iterations": "steps",
+    "lr_decay_iters": "steps: the rate falls to min_lr at the last one",
+    "warmup_iters": "warmup_steps",
+    "decay_lr": "min_lr: as large as lr, it stays",
+    "eval_interval": "eval_every",
+    "eval_iters": "eval_tokens",
+    "eval_only": "eval_ppl.py RUN",
+    "log_interval": "log_every",
+    "always_save_checkpoint": "save_every",
+    "dropout": "nothing: the paper's models have none",
+    "bias": "nothing: all linear layers have one, as GPT-2's",
+    "wandb_log": "wandb, one of online, offline and disabled",
+    "wandb_run_name": "name",
+    "dataset": "data, a folder",
+    "sequence_length": "block_size",
+    "max_seq_len": "block_size",
+    "n_ctx": "block_size",
+    "backend": "nothing: it is NCCL on GPUs and gloo on CPUs",
+}
+
+
 def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    if word in ELSEWHERE and "lr" in (known := list(known)):
+        return f"here it is {prefix if not ELSEWHERE[word].startswith(('nothing', 'eval_ppl')) else ''}{ELSEWHERE[word]}. "
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
     near.sort(key=lambda one: sorted(one) != sorted(word))  # of those as near, the one with the same letters: rpoe is rope
     return f"did you mean {prefix}{near[0]}? " if near else ""

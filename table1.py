@@ -100,6 +100,8 @@ def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[Result]:
         check_data(entry, asked[0])
         evaluate_entry(entry, missing, args, path)
     results = [answer for q in asked if (answer := q.answer(read_results(path)))]
+    if len(results) < len(asked):
+        raise UserError(f"{path}: has no result of the run's last weights; was it trained again meanwhile? Start again")
     if missing and entry.cfg.wandb != "disabled":
         share(entry.cfg.folder, results)
     about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
+        if re.search(r"invalid (int|float) value: '[0-9.]+(,[0-9.]+)+'", message):
+            message += "; numbers of a list are given with spaces between them"
         raise UserError(f"{message}; see --help")
 
 

@@ -97,15 +97,14 @@ def speak_anyway(*names: str) -> None:
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
             continue  # a test's or a notebook's own
-        if name == "stdout":
-            stream.reconfigure(errors="replace")
-        if name in names and not isinstance(getattr(stream.buffer, "raw", None), Unheeding):
-            with suppress(OSError, ValueError):
-                stream.flush()
-            raw = io.BufferedWriter(Unheeding(stream.fileno(), "wb", closefd=False))
-            new = io.TextIOWrapper(raw, stream.encoding, stream.errors, None, stream.line_buffering, stream.write_through)
-            setattr(sys, name, new)
-            setattr(sys, f"__{name}__", new)
+        with suppress(OSError, ValueError):
+            stream.flush()
+        raw = (Unheeding if name in names else io.FileIO)(stream.fileno(), "wb", closefd=False)
+        errors = "replace" if name == "stdout" else stream.errors
+        form = (stream.encoding, errors, None, stream.line_buffering, stream.write_through)
+        new = io.TextIOWrapper(io.BufferedWriter(raw), *form)
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
 
 
 def command(main: Callable[[], int | None] | None = None, *, work_in_files: bool = False) -> Any:

@@ -1,11 +1,13 @@
 """Layering, help, and every refusal of the configuration."""
 
+import re
+
 import pytest
 from conftest import ROOT, as_rank, run_command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config import Config, grad_accum, load_config, to_toml
+from config import ELSEWHERE, Config, grad_accum, load_config, to_toml
 from model import GPT
 from positional import ENCODINGS
 from system.errors import UserError
@@ -107,6 +109,38 @@ def test_a_wrong_key_or_value_in_a_file_names_the_file(tmp_path):
         with pytest.raises(UserError) as error:
             load_config([str(file)])
         assert all(part in str(error.value) for part in [str(file), *parts])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch_size=3"], "no such option; here it is --micro_batch, sequences of one forward pass on a device"),
+        (["--learning-rate=1e-3"], "here it is --lr. --help lists them"),
+        (["--max_iters", "5"], "here it is --steps"),
+        (["--gradient_accumulation_steps=3"], "here it is nothing: it follows from tokens_per_step"),
+        (["--eval_interval=3"], "here it is --eval_every"),
+        (["--dropout=0.1"], "here it is nothing: the paper's models have none"),
+        (["--steps", "=", "100"], "--steps =: --key=value is written without spaces"),
+        (["--steps=", "100"], "--steps= 100: --key=value is written without spaces"),
+    ],
+)
+def test_names_from_elsewhere_and_spaces_are_answered(words, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(words)
+    assert load_config(["--init_from=", "--wandb_project=", "config/demo.toml"]).init_from == ""
+
+
+def test_names_from_elsewhere_are_none_of_ours():
+    assert not set(ELSEWHERE) & set(Config.model_fields)
+    for words in ELSEWHERE.values():
+        name = re.match(r"\w+", words)[0]
+        assert name in Config.model_fields or name in ("nothing", "eval_ppl"), words
+
+
+def test_a_name_from_elsewhere_in_a_file(tmp_path):
+    (tmp_path / "a.toml").write_text("learning_rate = 3e-4")
+    with pytest.raises(UserError, match="no such key 'learning_rate'; here it is lr"):
+        load_config([str(tmp_path / "a.toml")])
 
 
 def test_every_rank_counts_in_the_micro_batch(monkeypatch):

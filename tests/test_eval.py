@@ -212,6 +212,7 @@ def test_the_standard_error_of_one_window_is_unknown(runs):
         (["{run}", "--data", "nowhere"], "nowhere: no such data folder"),
         (["{run}", "--losses", "nowhere/a.npz"], "nowhere/a.npz: its folder is not there"),
         (["{run}", "--documents", "0"], "--documents = 0: must be at least 1"),
+        (["{run}", "--lengths", "64,128"], "numbers of a list are given with spaces between them"),
         (["{run}", "--documents", "30000"], "--documents = 30000: the longest of the 9 documents in"),
     ],
 )

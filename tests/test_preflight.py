@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Hold, run_command, start_command
+from conftest import ROOT, Hold, as_rank, run_command, start_command
 
 import table1
 from experiments import needs, trial
@@ -151,18 +151,18 @@ def test_too_few_tokens(words):
 
 
 @pytest.mark.parametrize(
-    ("extra", "env", "message"),
+    ("extra", "ranks", "message"),
     [
-        (["--json", "x"], {}, "--json: goes with --preflight"),
-        (["--preflight", "--nproc", "2"], {"WORLD_SIZE": "2"}, "--nproc 2: torchrun has started the processes already"),
-        (["--preflight", "--nproc", "3"], {}, "is no multiple of micro_batch 4 × block_size 64 × 3 device"),
-        (["--preflight", "--name=x"], {}, "--name: table1.py names its runs"),
+        (["--json", "x"], 0, "--json: goes with --preflight"),
+        (["--preflight", "--nproc", "2"], 2, "--nproc 2: torchrun has started the processes already"),
+        (["--preflight", "--nproc", "3"], 0, "is no multiple of micro_batch 4 × block_size 64 × 3 device"),
+        (["--preflight", "--name=x"], 0, "--name: table1.py names its runs"),
     ],
 )
-def test_refusals(words, extra, env, message, monkeypatch):
+def test_refusals(words, extra, ranks, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for key, value in env.items():
-        monkeypatch.setenv(key, value)
+    if ranks:
+        as_rank(monkeypatch, 0, ranks)
     monkeypatch.setattr(sys, "argv", ["table1.py", "--sizes", "demo", "--encodings", "rope", *words, *extra])
     with pytest.raises(UserError, match=message):
         table1.main.__wrapped__()

@@ -135,6 +135,8 @@ def test_find_shards(tmp_path):
         find_shards(tmp_path, "test")
     with pytest.raises(UserError, match=r"no such data folder; `python prepare_fineweb.py --out"):
         find_shards(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match=r"`python prepare_fineweb.py --source demo --out .*/demo` makes it"):
+        find_shards(tmp_path / "demo", "train")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"tokens": 3}', "\udcff"])

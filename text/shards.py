@@ -210,17 +210,21 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     try:
         paths = sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no such data folder; `python prepare_fineweb.py --out {folder}` makes it") from None
+        raise UserError(f"{folder}: no such data folder; {_how_to_make(folder)} makes it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     found = [path for path in paths if path.suffix in SHARD_SUFFIXES and split in path.name and path.name[0] != "."]
     if odd := [path.name for path in found if not path.name.isprintable()]:  # no message nor state.json could name it
         raise UserError(f"{folder}: {odd[0]!r} is no name for a shard; rename it")
     if not found:
-        raise UserError(
-            f"{folder}: no *{split}*.bin or *{split}*.npy shard; `python prepare_fineweb.py --out {folder}` makes them"
-        )
+        raise UserError(f"{folder}: no *{split}*.bin or *{split}*.npy shard; {_how_to_make(folder)} makes them")
     return found
+
+
+def _how_to_make(folder: Path) -> str:
+    """The command; what is named after the demo is the demo's, and not the ten billion tokens of FineWeb-Edu."""
+    source = "--source demo " if folder.name == "demo" else ""
+    return f"`python prepare_fineweb.py {source}--out {folder}`"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
