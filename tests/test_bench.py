@@ -123,8 +123,11 @@ def test_the_rounds_wait_for_a_line(tmp_path):
     assert found["n"] == 2
 
 
+ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 def test_not_under_torchrun():
-    done = run_command("bench.py", "train", *TOY, env={"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
+    done = run_command("bench.py", "train", *TOY, env=ALONE)
     assert done.returncode == 2 and "table1.py --preflight" in done.stderr
 
 
