@@ -108,7 +108,7 @@ def test_a_product_that_nobody_reads_is_no_success(runs, tmp_path, script):
     assert script == "sample.py" or len(json.loads((tmp_path / "a.json").read_text())) == 1
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252"))])
 def test_a_terminal_of_few_characters_gets_what_it_can_show(runs, encoding):
     for command in (["train.py", "--help"], ["eval_ppl.py", runs / "learned", "--lengths", "16", "64", "--max_tokens", "500"]):
         done = subprocess.run(

@@ -30,7 +30,14 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("what", [f"{NEWEST}/model.safetensors", f"{NEWEST}/state.json", NEWEST, "checkpoints"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        f"{NEWEST}/model.safetensors",
+        "checkpoints",
+        *(pytest.param(what, marks=pytest.mark.slow) for what in (f"{NEWEST}/state.json", NEWEST)),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_stops_the_start(run, words, what):
     before, path = everything(run), run / what
     mode = path.stat().st_mode
@@ -80,7 +87,7 @@ def test_a_disk_that_fails_is_no_damage(run, monkeypatch, error):
     assert issubclass(Unreadable, UserError)
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o077])
+@pytest.mark.parametrize("umask", [0o002, pytest.param(0o077, marks=pytest.mark.slow)])
 def test_modes_follow_the_umask(small, tmp_path, umask):
     words = [*small, "--encoding=rope", "--name=r", "--steps=2", "--save_every=1"]
     for command in (["train.py", *words], ["export_hf.py", tmp_path / "r", tmp_path / "exported"]):
