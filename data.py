@@ -18,7 +18,7 @@ from config import grad_accum
 from system.errors import UserError
 from system.files import sha256_file
 from text.shards import FileName, find_shards, open_shard, read_manifest
-from text.tokenizer import END_OF_TEXT
+from text.tokenizer import eot_of
 
 VERIFY_TOKENS = 1 << 24  # looked through at a time
 
@@ -64,8 +64,7 @@ class TokenStream:
     @property
     def eot(self) -> int | None:
         """Id of the token before every document; None where neither the tokenizer's name nor the manifest tells."""
-        eot = END_OF_TEXT.get(self.tokenizer, (self.manifest or {}).get("eot"))
-        return eot if isinstance(eot, int) else None
+        return eot_of(self.tokenizer, self.manifest)
 
     def locate(self, start: int) -> str:
         """Where token `start` of the stream lies, in words: the shard and the token in it."""
@@ -99,6 +98,10 @@ class TokenStream:
                 ShardRecord(file=path.name, tokens=len(shard), sha256=sha256, mtime_ns=path.stat().st_mtime_ns)
                 for path, shard, sha256 in zip(self.paths, self.shards, sums, strict=True)
             ]
+
+    def sha256(self) -> list[str]:
+        """Of each shard, in their order."""
+        return [record.sha256 for record in self.records()]
 
     def verify(self) -> None:
         """Read every token: ids below `vocab_size`, and the sha256 of the manifest. Raises UserError, naming the shard."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -256,6 +256,11 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return getattr(torch, wanted)
     return torch.bfloat16 if has_bf16(device) else torch.float32
+
+
+def format_name(dtype: torch.dtype) -> Literal["bfloat16", "float32"]:
+    """The name of an autocast type, as options and records have it."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def check_residual(cfg: Any) -> None:

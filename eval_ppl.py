@@ -87,7 +87,7 @@ from tqdm import tqdm
 
 from config import Config
 from data import TokenStream
-from distributed import Distributed, local_and_eager, pick_dtype
+from distributed import Distributed, format_name, local_and_eager, pick_dtype
 from evaluation.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
 from evaluation.results import Question, Result, beside, check_file, closing, read_results, render, special
 from evaluation.windows import Profile, Windows, counted, losses
@@ -229,8 +229,8 @@ def evaluate_run(
     documents = find_documents(stream, max_tokens, min_document_tokens) if per_document or stream.eot is not None else None
     asked: dict[str, Any] = {
         "max_tokens": max_tokens, "min_document_tokens": min_document_tokens, "rope_scaling": rope_scaling, "scale": scale,
-        "dtype": str(dist.dtype).removeprefix("torch."), "weights": state.sha256[MODEL],
-        "data_sha256": [record.sha256 for record in stream.records()], "source": source_of(model.cfg.encoding),
+        "dtype": format_name(dist.dtype), "weights": state.sha256[MODEL],
+        "data_sha256": stream.sha256(), "source": source_of(model.cfg.encoding),
     }  # fmt: skip
     questions = [Question(length=length, stride=stride or length, **asked) for length in lengths]
     results = [unanswered(question, model, state, folder, stream) for question in questions]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from evaluation.results import Result, read_results
+from evaluation.results import Question, Result, read_results
 from experiments.jobs import Job, run_all
 from experiments.lab_report import collect, draw, read_report, refuse_other, render
 from experiments.plan import Entry, check_data, find, questions, refuse_conflicts, show_plan
@@ -93,19 +93,24 @@ def missing(entry: Entry, args: argparse.Namespace) -> list[int]:
     """The lengths at which the run is still to be evaluated; all, where the documents' losses are not those of its results."""
     if not entry.finished:
         return args.lengths
-    results, losses = results_of(entry, args), entry.cfg.folder / LOSSES
+    asked, losses = questions(entry, args.lengths, args.max_tokens, args.documents or None), entry.cfg.folder / LOSSES
+    results = answers(entry, asked)
     lengths = [length for length in args.lengths if length not in {r["length"] for r in results}]
     kept = {r["losses"]["sha256"] for r in results if r.get("losses")}
     whole = not args.documents or (losses.exists() and not lengths and kept == {sha256_file(losses)})
     if lengths or not whole:
-        check_data(entry, questions(entry, args.lengths, args.max_tokens)[0])
+        check_data(entry, asked[0])
     return lengths if whole else args.lengths
 
 
 def results_of(entry: Entry, args: argparse.Namespace) -> list[Result]:
     """The evaluations of the finished run that the command line asks for."""
+    return answers(entry, questions(entry, args.lengths, args.max_tokens, args.documents or None))
+
+
+def answers(entry: Entry, asked: list[Question]) -> list[Result]:
+    """What the run's eval.json answers of what is asked."""
     found = read_results(entry.cfg.folder / "eval.json")
-    asked = questions(entry, args.lengths, args.max_tokens, args.documents or None)
     return [answer for question in asked if (answer := question.answer(found))]
 
 

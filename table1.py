@@ -96,10 +96,12 @@ def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[Result]:
     if not entry.finished:
         launch("train.py", entry.words, args.nproc)
     path, asked = entry.cfg.folder / "eval.json", questions(entry, args.lengths, args.max_tokens)
-    if missing := [q.length for q in asked if not q.answer(read_results(path))]:
+    there = read_results(path)
+    if missing := [q.length for q in asked if not q.answer(there)]:
         check_data(entry, asked[0])
         evaluate_entry(entry, missing, args, path)
-    results = [answer for q in asked if (answer := q.answer(read_results(path)))]
+        there = read_results(path)
+    results = [answer for q in asked if (answer := q.answer(there))]
     if len(results) < len(asked):
         raise UserError(f"{path}: has no result of the run's last weights; was it trained again meanwhile? Start again")
     if missing and entry.cfg.wandb != "disabled":

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from distributed import pick_device, pick_dtype
+from distributed import format_name, pick_device, pick_dtype
 from system.errors import UserError
+from text.shards import is_of
 from training.checkpoint import MODEL, State
 from training.provenance import source_of
 
@@ -47,7 +48,7 @@ class Question:
             scale=None,
             dtype=own_dtype(state, device),
             weights=state.sha256[MODEL],
-            data_sha256=[shard.sha256 for shard in state.shards if "val" in shard.file],  # as text.shards.find_shards does
+            data_sha256=[shard.sha256 for shard in state.shards if is_of("val", shard.file)],
             source=source_of(state.config["encoding"]),
         )
 
@@ -62,7 +63,7 @@ FIELDS = tuple(field.name for field in fields(Question))
 
 def own_dtype(state: State, device: str) -> str:
     """The number format that the run was trained in; of a checkpoint that does not say, what `device` would choose."""
-    return state.dtype or str(pick_dtype(state.config["dtype"], pick_device(device))).removeprefix("torch.")
+    return state.dtype or format_name(pick_dtype(state.config["dtype"], pick_device(device)))
 
 
 def read_results(path: Path) -> list[Result]:

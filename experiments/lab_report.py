@@ -15,7 +15,7 @@ import torch
 
 from config import FREE_ON_RESUME, Config
 from data import TokenStream
-from distributed import pick_device, pick_dtype
+from distributed import format_name, pick_device, pick_dtype
 from evaluation.documents import Losses, load
 from evaluation.results import FIELDS
 from experiments.plan import ROOT, Entry
@@ -101,8 +101,8 @@ def refuse_other(known: dict[str, Any], cfg: Config, args: Any, path: Path, more
     ]
     wanted: dict[str, Any] = {"max_tokens": args.max_tokens, "min_document_tokens": args.documents or None}
     if known and more:
-        wanted["dtype"] = str(pick_dtype(cfg.dtype, pick_device(cfg.device))).removeprefix("torch.")
-        wanted["data_sha256"] = [record.sha256 for record in TokenStream(cfg.data, "val", cfg.vocab_size).records()]
+        wanted["dtype"] = format_name(pick_dtype(cfg.dtype, pick_device(cfg.device)))
+        wanted["data_sha256"] = TokenStream(cfg.data, "val", cfg.vocab_size).sha256()
     for key, value in wanted.items():
         if others := [r[key] for r in known.get("runs", []) if key in r and r[key] != value]:
             differing.append(f"{key} = {others[0]!r} (now {value!r})")

@@ -119,8 +119,7 @@ def questions(entry: Entry, lengths: Sequence[int], max_tokens: int, min_documen
 
 def check_data(entry: Entry, question: Question) -> None:
     """Raise UserError where the evaluation set of the entry's data is not the one that its run knows, and so no answer."""
-    stream = TokenStream(entry.cfg.data, "val", entry.cfg.vocab_size)
-    if [record.sha256 for record in stream.records()] != question.data_sha256:
+    if TokenStream(entry.cfg.data, "val", entry.cfg.vocab_size).sha256() != question.data_sha256:
         raise UserError(
             f"{entry.cfg.data}: its evaluation set is not the one that {entry.cfg.folder} was trained beside (another sha256); "
             "--data says where that is"

@@ -76,7 +76,7 @@ class Unheeding(io.FileIO):
 
 
 def open_all_three() -> None:
-    """Have descriptors 0, 1 and 2 lead to nowhere where a caller has closed them, and not to the next files that are opened."""
+    """Open /dev/null on each of the descriptors 0, 1 and 2 that is closed; the next file to be opened would take its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -89,9 +89,9 @@ open_all_three()  # before any other file is opened
 
 
 def speak_anyway(*names: str) -> None:
-    """Have what is said on these streams of sys written if it can be, and otherwise dropped; it stops nothing.
+    """Make these streams of sys drop what they cannot write, instead of raising an error.
 
-    A terminal of few characters gets a question mark for those it does not have.
+    stdout prints a question mark for each character that the terminal does not have.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -110,8 +110,8 @@ def speak_anyway(*names: str) -> None:
 def command(main: Callable[[], int | None] | None = None, *, work_in_files: bool = False) -> Any:
     """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130.
 
-    What it says on stderr never stops it, and with `work_in_files`, where stdout is not the product, neither does what it says
-    there. Otherwise a reader of stdout who leaves, as in `… | head`, ends it with 141, as SIGPIPE would.
+    A stderr that fails never stops it. With `work_in_files`, for scripts that write their product to files, a stdout that fails
+    does not either; in others a reader of stdout who leaves, as in `… | head`, ends the script with 141, as SIGPIPE would.
     """
     if main is None:
         return functools.partial(command, work_in_files=work_in_files)

@@ -1,4 +1,4 @@
-"""Nobody listens: what a run says is dropped, and the run goes on; and what is asked for in vain is no success."""
+"""Nobody listens: a run loses its messages and nothing else, and a product that nobody reads is no success."""
 
 import json
 import os

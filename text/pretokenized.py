@@ -39,7 +39,7 @@ from text.shards import (
 )
 from text.sources import SourceFile
 from text.token_stream import Earlier, read_earlier, refuse_other_work
-from text.tokenizer import END_OF_TEXT, GPT2
+from text.tokenizer import GPT2, eot_of
 
 FINEWEB_TOKENS = "kjj0/finewebedu10B-gpt2"  # sample-10BT of FineWeb-Edu, by llm.c's script
 PROGRESS = ".pretokenized.json"  # not the name that text has: the one cannot go on from the other
@@ -75,8 +75,7 @@ class Vocabulary(NamedTuple):
         """What a manifest says; GPT-2's without one."""
         if manifest is None:
             return cls(GPT2.name, GPT2.n_vocab, GPT2.eot)
-        eot = END_OF_TEXT.get(manifest["tokenizer"], manifest.get("eot"))
-        return cls(manifest["tokenizer"], manifest["n_vocab"], eot if isinstance(eot, int) else None)
+        return cls(manifest["tokenizer"], manifest["n_vocab"], eot_of(manifest["tokenizer"], manifest))
 
 
 class HubShards(HubFiles):

@@ -201,6 +201,11 @@ def _open_npy(path: Path) -> np.ndarray:
     return tokens
 
 
+def is_of(split: str, name: str) -> bool:
+    """Whether a shard of this name is one of the split's."""
+    return split in name
+
+
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of `split` ("train" or "val") in `folder`, in the order of their names.
 
@@ -213,7 +218,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{folder}: no such data folder; {_how_to_make(folder)} makes it") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    found = [path for path in paths if path.suffix in SHARD_SUFFIXES and split in path.name and path.name[0] != "."]
+    found = [path for path in paths if path.suffix in SHARD_SUFFIXES and is_of(split, path.name) and path.name[0] != "."]
     if odd := [path.name for path in found if not path.name.isprintable()]:  # no message nor state.json could name it
         raise UserError(f"{folder}: {odd[0]!r} is no name for a shard; rename it")
     if not found:

@@ -110,6 +110,12 @@ def repair_surrogates(text: str) -> str:
 END_OF_TEXT = {Bytes.name: Bytes.eot, GPT2.name: GPT2.eot}
 
 
+def eot_of(tokenizer: str, manifest: dict[str, Any] | None) -> int | None:
+    """Id of the end-of-text token; None where neither the tokenizer's name nor a data folder's manifest tells."""
+    eot = END_OF_TEXT.get(tokenizer, (manifest or {}).get("eot"))
+    return eot if isinstance(eot, int) else None
+
+
 @functools.cache
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`, one of TOKENIZERS. Raises UserError for another name or a missing vocabulary."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distributed import Distributed
+from distributed import Distributed, format_name
 from positional import ENCODINGS
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def environment(dist: Distributed, step: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "world_size": dist.world_size,
         "device": device_name(dist.device),
-        "dtype": str(dist.dtype).removeprefix("torch."),
+        "dtype": format_name(dist.dtype),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }

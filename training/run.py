@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from config import FREE_ON_RESUME, Config, to_toml
 from data import TokenStream, check_unchanged
-from distributed import Distributed
+from distributed import Distributed, format_name
 from model import GPT
 from system.console import remark
 from system.errors import EXIT_REQUEUE, UserError
@@ -180,7 +180,7 @@ class Run:
             guard=self._guard.history,
             git=git_version(),
             source=source_of(self.cfg.encoding),
-            dtype="bfloat16" if self.dist.dtype == torch.bfloat16 else "float32",
+            dtype=format_name(self.dist.dtype),
         )
 
     def log(self, step: int, **values: float) -> None:
