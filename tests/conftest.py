@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import pytest
 
 pytest_plugins = ["fault_report"]
@@ -156,6 +155,8 @@ def nothing_is_left_running() -> Iterator[None]:
     yield
     while STARTED:
         if (child := STARTED.pop()).poll() is None:
+            import psutil  # only here: a GPU machine may lack it (tests/test_gpu_plan.py)
+
             for process in [*psutil.Process(child.pid).children(recursive=True), child]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

@@ -11,7 +11,7 @@ import pytest
 from conftest import run_command
 from test_bench import PEER
 
-from benchmarks.gpu import LAB, LAB_TINY, SECONDS, SPEED, end, outcomes, rates
+from benchmarks.gpu import LAB, LAB_TINY, SECONDS, SPEED, TESTS, end, outcomes, rates
 from benchmarks.gpu_sampler import Sampler
 from benchmarks.trainee import bench_config
 from config import load_config
@@ -84,6 +84,15 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     assert done.returncode == 0 and done.stdout.count("has 2 of the 2 runs already") == 2, done.stdout + done.stderr
     assert sorted(path.name for path in again.iterdir()) == sorted(labs)
     assert json.loads((again / "lab-gpu.json").read_text())["runs"] == json.loads((out / "lab-gpu.json").read_text())["runs"]
+
+
+def test_the_tests_for_a_gpu_import_nothing_that_its_machine_lacks(tmp_path, bare):
+    """No package but those of ABSENT: the wheels are there."""
+    names = [Path(name).stem for name in TESTS]
+    (tmp_path / "bare/sitecustomize.py").write_text(HIDE.format(names=ABSENT))
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "bare"), str(Path(__file__).parent)])}
+    done = run_command("-c", "import " + ", ".join(["conftest", *names]), env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_candidate_of_the_plan_has_a_configuration_and_the_seconds_fit():

@@ -61,8 +61,10 @@ def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
     second_try.reached(after)
     holder.communicate()
     assert holder.returncode == 0 and starts(tmp_path / "r") == 1
+    before = logged(tmp_path / "r")
     second_try.release()
-    wait_until(after, lambda: starts(tmp_path / "r") == 2)
+    wait_until(after, lambda: logged(tmp_path / "r") > before)  # only then does it listen to a signal
+    assert starts(tmp_path / "r") == 2
     after.terminate()
     assert "from step" in after.communicate()[1]
     happened("it waited until the folder was free (ten seconds at most) and went on from there")
