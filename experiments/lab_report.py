@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from config import FREE_ON_RESUME, Config
+from config import FREE_ON_RESUME, Config, load_config
 from data import TokenStream
 from distributed import format_name, pick_device, pick_dtype
 from evaluation.documents import Losses, load
@@ -22,7 +22,7 @@ from experiments.plan import ROOT, Entry
 from positional import ENCODINGS
 from system.errors import UserError
 from system.files import atomic_write, write_blocks
-from training.provenance import git_version
+from training.provenance import git_version, source_of
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
 KEPT = (  # of an evaluation's record
@@ -144,7 +144,7 @@ def summarize(runs: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, A
 def render(found: dict[str, Any]) -> str:
     """Two Markdown tables, a row per encoding, a column per length: perplexity, and the difference to the baseline."""
     lengths = list(dict.fromkeys(r["length"] for r in found["summary"]))
-    parts = []
+    parts, before = [], outdated(found["runs"])
     for title, key, digits in (
         ("perplexity", "perplexity", 2),
         (f"nats per token more than {found['baseline']}, same seed", "nll_difference", 4),
@@ -155,13 +155,16 @@ def render(found: dict[str, Any]) -> str:
             cells = [cell(row[n], key, digits) if n in row else "–" for n in lengths]
             if key == "nll_difference" and encoding == found["baseline"]:
                 continue
-            lines.append(f"| {encoding} | {' | '.join(cells)} | {max(r['n'] for r in row.values())} |")
+            name = encoding + " †" * (encoding in before)
+            lines.append(f"| {name} | {' | '.join(cells)} | {max(r['n'] for r in row.values())} |")
         parts.append("\n".join(lines) + "\n")
     tokens = max((r["tokens"] or 0 for r in found["runs"]), default=0)
     parts.append(
         f"Mean ± standard error over n seeds; {found['train_tokens']:,} training tokens at length "
         f"{found['config']['block_size']}, evaluated on the same {tokens:,} tokens at every length.\n"
     )
+    if before:
+        parts.append("† by code of the encoding that has changed since: another run may give other numbers.\n")
     return "\n".join(parts)
 
 
@@ -222,10 +225,26 @@ def draw(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def family(encoding: str) -> str:
-    """The family of an encoding, or of the encoding that a configuration of another name is a variant of."""
-    module = ENCODINGS[encoding].__module__.rpartition(".")[2] if encoding in ENCODINGS else "other"
-    return TITLES.get(module, "other")
+def encoding_of(variant: str) -> str | None:
+    """The encoding of the configuration config/VARIANT.toml; None where that is no longer there."""
+    if variant in ENCODINGS:
+        return variant
+    try:
+        return load_config([str(ROOT / f"config/{variant}.toml")]).encoding
+    except UserError:
+        return None
+
+
+def family(variant: str) -> str:
+    """The family of the encoding of a configuration."""
+    encoding = encoding_of(variant)
+    return TITLES.get(ENCODINGS[encoding].__module__.rpartition(".")[2], "other") if encoding else "other"
+
+
+def outdated(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The variants with a run of an encoding's earlier code; an early report does not say which code it was."""
+    said = dict.fromkeys((r["encoding"], r["source"]) for r in runs if r.get("source"))
+    return [variant for variant, source in said if not (now := encoding_of(variant)) or source_of(now) != source]
 
 
 PAGE = ROOT / "docs/findings.md"

@@ -32,7 +32,12 @@ class Learned(PositionalEncoding):
 
 
 class Sinusoidal(PositionalEncoding):
-    """Fixed sine and cosine waves added to the embeddings (Vaswani et al., 1706.03762, section 3.5)."""
+    """Fixed sine and cosine waves added to the embeddings (Vaswani et al., 1706.03762, section 3.5).
+
+    Their amplitude is `sinusoidal_scale`. Token embeddings start at 0.02: the 0.1 of CARoPE's companion code is 3.5 times as
+    strong (root mean square), and small models learn slowly under it. config/sinusoidal_equal.toml has the two equal, which
+    they are for Vaswani et al. within a factor of √2.
+    """
 
     beyond = "the waves go on: sums of embedding and position that no layer has seen"
 

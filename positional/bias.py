@@ -87,30 +87,33 @@ class T5(PositionalEncoding):
 
 
 class KERPLE(PositionalEncoding):
-    """KERPLE, logarithmic (Chi et al., 2205.09921): −r1·log(1 + r2·|i − j|), r1, r2 > 0 per head and layer.
+    """KERPLE (Chi et al., 2205.09921): a bias that falls with the distance, by r1, r2 > 0 per head, the same in all layers.
 
-    r = softplus of what is learned. The authors clamp r at 0.01 instead, which stops at the limit; starts are theirs,
-    r1 ~ U(0, 2) and r2 ~ U(0, 1).
+    `kerple_kernel` "log", the paper's best: −r1·log(1 + r2·|i − j|). "power": −r1·|i − j|^r2, r2 ≤ 2. What is learned is the
+    softplus⁻¹ of r, and of a power's r2 the logit of r2 / 2; the authors clamp r at 0.01 and 2 instead, which stops at the
+    limit. Starts are theirs: r1 ~ U(0, 2) and r2 ~ U(0, 1), and for "power" the other way round.
     """
 
-    per_layer = True
-    beyond = "the bias goes on falling, with the logarithm of the distance"
+    beyond = "the bias goes on falling, with the logarithm or a power of the distance"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
+        self.power = cfg.kerple_kernel == "power"
         self.r1_H = nn.Parameter(torch.empty(cfg.n_head))
         self.r2_H = nn.Parameter(torch.empty(cfg.n_head))
 
     def init_weights(self) -> None:
-        for raw_H, most in ((self.r1_H, 2), (self.r2_H, 1)):
-            nn.init.uniform_(raw_H, 0.01, most)
-            raw_H.copy_(raw_H.expm1().log())  # softplus⁻¹
+        r1_H, r2_H = (torch.empty_like(self.r1_H).uniform_(0.01, most) for most in ((1, 1.99) if self.power else (2, 1)))
+        self.r1_H.copy_(r1_H.expm1().log())  # softplus⁻¹
+        self.r2_H.copy_((r2_H / 2).logit() if self.power else r2_H.expm1().log())
 
     def distance_bias(self, n: int) -> Tensor:
         distance_S = torch.arange(n, device=self.r1_H.device, dtype=torch.float32)
         with torch.autocast(self.r1_H.device.type, enabled=False):
-            r1_H1, r2_H1 = (functional.softplus(raw_H.float())[:, None] for raw_H in (self.r1_H, self.r2_H))
-            return -r1_H1 * (r2_H1 * distance_S).log1p()
+            r1_H1, raw_H1 = functional.softplus(self.r1_H.float())[:, None], self.r2_H.float()[:, None]
+            if self.power:
+                return -r1_H1 * distance_S ** (2 * raw_H1.sigmoid())
+            return -r1_H1 * (functional.softplus(raw_H1) * distance_S).log1p()
 
 
 class FIRE(PositionalEncoding):

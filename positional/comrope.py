@@ -19,7 +19,8 @@ class ComRoPE(PositionalEncoding):
     R(m) R(n) = R(m + n): only the distance reaches the logits; matrices of several axes must commute. A text has one axis: the
     paper's two ways to make matrices commute, blocks that belong to one axis each (AP) and one matrix times a factor per axis
     (LD), then differ by that factor alone, and this is both. As in the authors' code every layer and head has its own A.
-    Theirs start at random; here A starts with RoPE's θ_i between the two channels of pair i and 0 elsewhere: exactly RoPE.
+    Theirs, for images, start at random, scale coordinates to (0, 1) and, in training, move each at random by up to half a step.
+    Here positions are tokens, and A starts with RoPE's θ_i between the two channels of pair i and 0 elsewhere: exactly RoPE.
     Block n holds the pairs nb/2 … (n+1)b/2 − 1, neighbors in frequency. With b = 2 this is RoPE with learned frequencies.
 
     Coordinates are the matrices, flat, of position m + 1: the running product of exp(A), in `widest`.

@@ -24,9 +24,9 @@ class PaTH(PositionalEncoding):
     tokens, then scaled to length 1 per head. The UT transform gives all logits (without 1/√D) at once, as the paper has it:
     A = Q Kᵀ − lower(Q Wᵀ) (I + diag(β) strict(W Wᵀ))⁻¹ diag(β) strict(W Kᵀ); `strict` is `lower` without the diagonal.
 
-    The convolution layer of the authors' library ends in a SiLU, which the paper's text does not mention; there is none
-    here. The forget gate of PaTH-FoX is left out. Coordinates are w, β, and the convolution's inputs of the token before
-    and of this one, (B, H, S, 3D + 1), so that decoding goes on from the last of them.
+    With `path_silu` the convolution ends in a SiLU, as in the authors' library; the paper's text does not mention it. The
+    forget gate of PaTH-FoX is left out. Coordinates are w, β, and the convolution's inputs of the token before and of this one,
+    (B, H, S, 3D + 1), so that decoding goes on from the last of them.
     """
 
     per_layer = hidden = True
@@ -34,7 +34,7 @@ class PaTH(PositionalEncoding):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
-        self.n_head = cfg.n_head
+        self.n_head, self.silu = cfg.n_head, cfg.path_silu
         self.down = nn.Linear(cfg.n_embd, cfg.path_rank, bias=False)
         self.up = nn.Linear(cfg.path_rank, cfg.n_embd, bias=False)
         self.filter = nn.Parameter(torch.empty(cfg.n_embd, FILTER))  # the last one is the token's own
@@ -64,7 +64,7 @@ class PaTH(PositionalEncoding):
     def _convolved(self, inputs_BHTD: Tensor, T: int) -> Tensor:
         taps = self.filter.float().view(self.n_head, 1, -1, FILTER).unbind(-1)
         w_BHTD = sum((tap * inputs_BHTD[:, :, i : i + T] for i, tap in enumerate(taps)), start=inputs_BHTD.new_zeros(()))
-        return functional.normalize(w_BHTD, dim=-1, eps=1e-6)
+        return functional.normalize(functional.silu(w_BHTD) if self.silu else w_BHTD, dim=-1, eps=1e-6)
 
     def weights(
         self, q_BHTD: Tensor, k_BHSD: Tensor, coords_q: Tensor | None, coords_k: Tensor | None, visible_TS: Tensor

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from positional.base import PositionalEncoding
+from positional.carope import CARoPE
 from positional.rotary import RoPE
 
 
@@ -88,6 +89,7 @@ class YaRN(Scaling):
 
 
 SCALINGS: dict[str, type[Scaling]] = {"linear": Scaling, "ntk": NTK, "dynamic": DynamicNTK, "yarn": YaRN}
+READ_IT = (RoPE.frame, CARoPE.frame)  # `scaling`; another class's may not
 
 
 def rescale(encodings: list[PositionalEncoding], name: str, scaling: Scaling | None) -> None:
@@ -96,7 +98,7 @@ def rescale(encodings: list[PositionalEncoding], name: str, scaling: Scaling | N
     Raises ValueError where they do not turn by phases. The kernel, which knows no factors, is off from here on.
     """
     for one in encodings:
-        if not (isinstance(one, RoPE) and type(one).frame is RoPE.frame):
+        if not (isinstance(one, RoPE) and type(one).frame in READ_IT):
             raise ValueError(
                 f"rope_scaling: encoding {name!r} does not turn queries and keys by phases that could be scaled; RoPE, "
                 "partial_rope and CARoPE do"

@@ -29,10 +29,11 @@ class CoPE(PositionalEncoding):
     """Contextual position encoding (Golovneva et al., 2405.18719, section 4): a position counts the keys that the query gates.
 
     g_ij = σ(q_i·k_j / √D), p_ij = Σ_{j≤s≤i} g_is clamped to P − 1 (P = cope_max), and the logit of query i and key j is
-    q_i·k_j / √D + q_i·e[p_ij], where q_i·e[p] is interpolated linearly between the integers around p.
+    (q_i·k_j + q_i·e[p_ij]) / √D, where q_i·e[p] is interpolated linearly between the integers around p.
 
-    As in the listing of the paper's appendix: e, (P, D), belongs to one layer and is shared by its heads; it starts at 0; the
-    gates see the logits scaled by 1/√D (the formula in the text has no scale), and q_i·e[p] is not scaled.
+    e, (P, D), belongs to one layer, is shared by its heads and starts at 0; the gates see the logits scaled by 1/√D (in the
+    text's formula they are not). q_i·e[p] is divided by √D too, the default of the authors' code; with `cope_divide` false it
+    is not, as in the listing of the paper's appendix.
     """
 
     per_layer = True
@@ -41,6 +42,7 @@ class CoPE(PositionalEncoding):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.e = nn.Parameter(torch.empty(cfg.cope_max, cfg.n_embd // cfg.n_head))
+        self.scale = (cfg.n_embd // cfg.n_head) ** -0.5 if cfg.cope_divide else 1.0
 
     def init_weights(self) -> None:
         nn.init.zeros_(self.e)
@@ -53,7 +55,7 @@ class CoPE(PositionalEncoding):
             gates_BHTS = logits_BHTS.sigmoid().masked_fill(~visible_TS, 0)
             # Sums from the query backwards: all up to i less all before j would lose the digits of the near ones
             p_BHTS = gates_BHTS.flip(-1).cumsum(-1).flip(-1).clamp(max=len(self.e) - 1)
-            return causal_softmax(logits_BHTS + self._at(q_BHTD.float() @ self.e.float().T, p_BHTS), visible_TS)
+            return causal_softmax(logits_BHTS + self._at(self.scale * q_BHTD.float() @ self.e.float().T, p_BHTS), visible_TS)
 
     def _at(self, at_BHTP: Tensor, p_BHTS: Tensor) -> Tensor:
         """What queries give the integer positions, interpolated at `p_BHTS`."""
@@ -66,13 +68,13 @@ class CoPE(PositionalEncoding):
 class URPE(PositionalEncoding):
     """Universal relative positional encoding (Luo et al., 2205.13401, section 4): softmax(q_i·k_j / √D) ∘ C, C_ij = c_{i−j}.
 
-    C is a learned Toeplitz matrix of each head and layer, all ones at first; its rows need not add up to 1, so that even where
-    all tokens are alike, attention can say where one stands. The paper applies C to the softmax of any relative encoding's
+    C is a learned Toeplitz matrix of each head, the same in all layers (as in the authors' code, which also has distances share
+    entries), all ones at first; its rows need not add up to 1, so that even where all tokens are alike, attention can say where
+    one stands. The paper applies C to the softmax of any relative encoding's
     logits; here those are NoPE's, so that C is the only position there is. Kept is C's difference from 1, so that
     weight decay pulls toward plain attention and not toward none.
     """
 
-    per_layer = True
     beyond = "every distance of block_size or more has the factor of the longest distance trained, block_size - 1"
 
     def __init__(self, cfg: Any) -> None:

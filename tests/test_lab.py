@@ -16,7 +16,7 @@ from conftest import Hold, run_command
 import lab
 from evaluation.documents import load
 from experiments import jobs
-from experiments.lab_report import mean_and_error, render, summarize
+from experiments.lab_report import family, mean_and_error, render, summarize
 from system.errors import EXIT_REQUEUE, UserError
 
 SCALE = [
@@ -49,12 +49,21 @@ def test_a_grid_two_runs_at_a_time_its_report_and_its_restart(words, tmp_path):
     assert (tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "lab.png").stat().st_size > 10_000
     assert found["baseline"] == "rope" and found["train_tokens"] == 1024 and found["config"]["n_embd"] == 16
 
+    old = [r | {"source": "0" * 64} if r["encoding"] == "learned" else r for r in found["runs"]]
+    marked = render(found | {"runs": old})
+    assert "| learned † | " in marked and "| rope | " in marked and "† by code of the encoding that has changed" in marked
+
     runs = [path for path in tmp_path.glob("lab-*/**/*") if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in runs}
     again = run_command(*words)
     assert again.returncode == 0 and again.stdout.count("finished") == 2
     assert before == {path: path.stat().st_mtime_ns for path in runs}
     assert json.loads((tmp_path / "lab.json").read_text()) == found
+
+
+def test_a_variant_belongs_to_the_family_of_its_encoding():
+    families = [family(variant) for variant in ("sinusoidal", "sinusoidal_equal", "carope_hidden", "no_such")]
+    assert families == ["none, or added to embeddings"] * 2 + ["context-aware rotary", "other"]
 
 
 def test_it_goes_on_from_its_results_when_the_runs_are_gone(words, tmp_path):

@@ -67,18 +67,30 @@ def test_t5_buckets_are_those_of_transformers():
     assert theirs.tolist() == [t5_bucket(distance) for distance in range(3000)]
 
 
-def test_kerple_equals_the_formula_in_numpy():
-    for encoding in build("kerple").encodings:
-        r1, r2 = (np.log1p(np.exp(r.detach().double().numpy())) for r in (encoding.r1_H, encoding.r2_H))
-        wanted = [[-a * np.log(1 + b * d) for d in range(50)] for a, b in zip(r1, r2, strict=True)]
-        np.testing.assert_allclose(encoding.distance_bias(50).detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+def kerple(kind: str, model: GPT) -> tuple[torch.nn.Module, np.ndarray, np.ndarray]:
+    """The one module of all layers, and its r1 and r2."""
+    (encoding,) = model.encodings
+    raw1, raw2 = (r.detach().double().numpy() for r in (encoding.r1_H, encoding.r2_H))
+    return encoding, np.log1p(np.exp(raw1)), np.log1p(np.exp(raw2)) if kind == "log" else 2 / (1 + np.exp(-raw2))
 
 
-def test_kerple_starts_where_its_authors_start():
-    model = GPT(load_config(["--n_layer=2", "--n_head=256", "--n_embd=512", "--vocab_size=97", "--encoding=kerple"]))
-    for name, most in (("r1_H", 2), ("r2_H", 1)):
-        r = torch.cat([torch.nn.functional.softplus(getattr(e, name)) for e in model.encodings])
-        assert 0 < r.min() < 0.1 * most and 0.9 * most < r.max() <= most and r.mean().item() == pytest.approx(most / 2, rel=0.1)
+@pytest.mark.parametrize("kind", ["log", "power"])
+def test_kerple_equals_the_formula_in_numpy(kind):
+    encoding, r1, r2 = kerple(kind, build("kerple", f"--kerple_kernel={kind}"))
+    falls = {"log": lambda a, b, d: a * np.log(1 + b * d), "power": lambda a, b, d: a * d**b}[kind]
+    wanted = [[-falls(a, b, d) for d in range(50)] for a, b in zip(r1, r2, strict=True)]
+    bias = encoding.distance_bias(50)
+    np.testing.assert_allclose(bias.detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+    bias.sum().backward()
+    assert encoding.r1_H.grad.isfinite().all() and encoding.r2_H.grad.isfinite().all()  # 0 to a power, at distance 0
+
+
+@pytest.mark.parametrize(("kind", "most"), [("log", (2, 1)), ("power", (1, 2))])
+def test_kerple_starts_where_its_authors_start(kind, most):
+    words = ["--n_layer=1", "--n_head=512", "--n_embd=1024", "--vocab_size=97", "--encoding=kerple", f"--kerple_kernel={kind}"]
+    _, *found = kerple(kind, GPT(load_config(words)))
+    for r, limit in zip(found, most, strict=True):
+        assert 0 < r.min() < 0.1 * limit and 0.9 * limit < r.max() <= limit and r.mean() == pytest.approx(limit / 2, rel=0.1)
 
 
 @pytest.mark.parametrize("threshold", [-0.01, 1.3])  # below some of the queries, beyond all

@@ -81,7 +81,7 @@ def test_a_scale_of_one_changes_nothing_and_dynamic_nothing_up_to_the_training_l
     with torch.no_grad():
         before = model(idx)
         rescale(model.encodings, "carope", SCALINGS[kind](8 if kind == "dynamic" else 1, 32))
-        assert torch.equal(model(idx), before)
+        torch.testing.assert_close(model(idx), before, atol=1e-6, rtol=0)  # cosines in another type
 
 
 def test_ntk_of_carope_is_a_smaller_f():

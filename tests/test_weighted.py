@@ -33,9 +33,10 @@ def as_numpy(*tensors: torch.Tensor) -> list[np.ndarray]:
     return [t.detach().double().numpy() for t in tensors]
 
 
-@pytest.mark.parametrize("T", [N, 3])
-def test_cope_equals_the_formula_in_numpy(T):
-    cope = build("cope", "--cope_max=4").encodings[1]  # fewer than the gates add up to: the clamp is at work
+@pytest.mark.parametrize(("T", "divide"), [(N, True), (3, True), (N, False)])
+def test_cope_equals_the_formula_in_numpy(T, divide):
+    """With fewer positions than the gates add up to: the clamp is at work."""
+    cope = build("cope", "--cope_max=4", f"--cope_divide={divide}").encodings[1]
     q, k = queries_and_keys(N, T)
     ours = cope.weights(q, k, None, None, visible(T, N))[0].detach().numpy()
     q, k, e = as_numpy(q[0], k[0], cope.e)
@@ -50,7 +51,7 @@ def test_cope_equals_the_formula_in_numpy(T):
                 clamped += p == 3
                 low, high = int(np.floor(p)), int(np.ceil(p))
                 part = p - low
-                logits[j] += q[h, t] @ ((1 - part) * e[low] + part * e[high])
+                logits[j] += q[h, t] @ ((1 - part) * e[low] + part * e[high]) / (np.sqrt(D) if divide else 1)
             np.testing.assert_allclose(ours[h, t, : i + 1], softmax(logits), atol=1e-6)
             assert (ours[h, t, i + 1 :] == 0).all()
     assert clamped
@@ -73,7 +74,7 @@ def test_the_gates_of_cope_learn_through_its_positions():
 
 @pytest.mark.parametrize("T", [12, 5])
 def test_urpe_multiplies_by_a_factor_of_the_distance_clamped_to_the_table(T):
-    urpe = build("urpe").encodings[1]
+    (urpe,) = build("urpe").encodings  # one for all layers
     urpe.c = torch.nn.Parameter(urpe.c[:, :8].detach())  # as of block_size = 8, fewer than the 12 keys
     q, k = queries_and_keys(12, T)
     ours = urpe.weights(q, k, None, None, visible(T, 12))[0].detach().numpy()
@@ -105,13 +106,14 @@ def path_from_hidden(path, h_TC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for back in range(3):
             if t >= back:
                 w[t] += taps[:, 2 - back] * u[t - back]
+    w = w * sigmoid(w) if path.silu else w
     w = w.reshape(len(u), 2, D).transpose(1, 0, 2)
     return w / np.sqrt((w**2).sum(-1, keepdims=True)), 2 * sigmoid(h_TC @ W.T + b).T
 
 
-@pytest.mark.parametrize("T", [N, 3])
-def test_path_equals_the_product_of_its_matrices_in_numpy(T):
-    path = build("path", "--path_rank=6").encodings[0]
+@pytest.mark.parametrize(("T", "silu"), [(N, True), (3, True), (N, False)])
+def test_path_equals_the_product_of_its_matrices_in_numpy(T, silu):
+    path = build("path", "--path_rank=6", f"--path_silu={silu}").encodings[0]
     h = torch.randn(1, N, 32, generator=torch.Generator().manual_seed(8))
     q, k = queries_and_keys(N, T)
     coords = path.coords(h, torch.arange(N))
