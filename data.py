@@ -6,6 +6,7 @@ Ranks and micro-steps only slice that range, so the loss curve depends on neithe
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from text.shards import FileName, find_shards, open_shard, read_manifest
 from text.tokenizer import eot_of
 
 VERIFY_TOKENS = 1 << 24  # looked through at a time
+HELD = 256  # shards that a stream keeps mapped; each holds a file open, and a process may have 1024
 
 
 class ShardRecord(BaseModel):
@@ -35,17 +37,19 @@ class ShardRecord(BaseModel):
 
 
 class TokenStream:
-    """The tokens of one split's shards, end to end; memory-mapped.
+    """The tokens of one split's shards, end to end; memory-mapped, `HELD` of them at a time.
 
     Raises UserError for a missing or damaged shard, one that the manifest does not know, or a vocabulary larger than
-    `vocab_size`; `read` raises it for a token id beyond `vocab_size`.
+    `vocab_size`; `read` raises it for a token id beyond `vocab_size` and a shard that is no longer the same file.
     """
 
     def __init__(self, folder: str | Path, split: str, vocab_size: int) -> None:
         self.folder, self.vocab_size = Path(folder), vocab_size
         self.paths = find_shards(self.folder, split)
-        self.shards = [open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.lengths = [len(open_shard(path)) for path in self.paths]
+        self._seen = [_identity(path) for path in self.paths]
+        self.ends = np.cumsum(self.lengths)
+        self.shard = lru_cache(HELD)(self._map)  # index → its tokens
         if split == "val" and len(self) < 2:
             raise UserError(f"{self.paths[0]}: one token, there is nothing in it to predict; prepare the data again")
         self.sums: dict[str, str] = {}  # file → sha256, once it is computed
@@ -55,6 +59,13 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def _map(self, index: int) -> np.ndarray:
+        path = self.paths[index]
+        tokens = open_shard(path)
+        if _identity(path) != self._seen[index]:
+            raise UserError(f"{path}: was changed while it was in use; the same command looks at it anew", alone=True)
+        return tokens
 
     @property
     def tokenizer(self) -> str:
@@ -74,17 +85,17 @@ class TokenStream:
     def _find(self, start: int) -> tuple[int, int]:
         """The shard that holds token `start` of the stream, and the token in it."""
         index = int(np.searchsorted(self.ends, start, side="right"))
-        return index, start - int(self.ends[index]) + len(self.shards[index])
+        return index, start - int(self.ends[index]) + self.lengths[index]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start … start+count−1, (count,) uint16; positions are taken modulo the length of the stream."""
         parts, need, start = [], count, start % len(self)
         while need:
             index, offset = self._find(start)
-            part = self.shards[index][offset : offset + need]
+            part = self.shard(index)[offset : offset + need]
             if part.max() >= self.vocab_size:
                 self._refuse_id(self.paths[index], offset + int(part.argmax()), int(part.max()))
-            parts.append(part)
+            parts.append(part if len(part) == count else part.copy())  # a copy holds no file open
             need -= len(part)
             start = (start + len(part)) % len(self)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -95,8 +106,8 @@ class TokenStream:
         with ThreadPoolExecutor() as pool:
             sums = pool.map(lambda path: listed.get(path.name) or self._sum(path), self.paths)
             return [
-                ShardRecord(file=path.name, tokens=len(shard), sha256=sha256, mtime_ns=path.stat().st_mtime_ns)
-                for path, shard, sha256 in zip(self.paths, self.shards, sums, strict=True)
+                ShardRecord(file=path.name, tokens=tokens, sha256=sha256, mtime_ns=path.stat().st_mtime_ns)
+                for path, tokens, sha256 in zip(self.paths, self.lengths, sums, strict=True)
             ]
 
     def sha256(self) -> list[str]:
@@ -105,9 +116,9 @@ class TokenStream:
 
     def verify(self) -> None:
         """Read every token: ids below `vocab_size`, and the sha256 of the manifest. Raises UserError, naming the shard."""
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            for start in range(0, len(shard), VERIFY_TOKENS):
-                part = shard[start : start + VERIFY_TOKENS]
+        for index, path in enumerate(self.paths):
+            for start in range(0, self.lengths[index], VERIFY_TOKENS):
+                part = self.shard(index)[start : start + VERIFY_TOKENS]
                 if part.max() >= self.vocab_size:
                     self._refuse_id(path, start + int(part.argmax()), int(part.max()))
         with ThreadPoolExecutor() as pool:
@@ -126,7 +137,7 @@ class TokenStream:
 
     def _check_manifest(self, split: str, manifest: dict[str, Any]) -> None:
         listed = {s["file"]: s["tokens"] for s in manifest["shards"] if s["split"] == split}
-        found = {path.name: len(shard) for path, shard in zip(self.paths, self.shards, strict=True)}
+        found = {path.name: tokens for path, tokens in zip(self.paths, self.lengths, strict=True)}
         for name in sorted(listed.keys() | found.keys()):
             if listed.get(name) != found.get(name):
                 raise UserError(
@@ -138,6 +149,12 @@ class TokenStream:
                 f"{self.folder}: its tokenizer {self.tokenizer!r} has {manifest['n_vocab']} ids, "
                 f"vocab_size = {self.vocab_size} is too small for it"
             )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What is another when a file's contents change, or another file takes its place."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Batches:
@@ -192,7 +209,7 @@ def check_unchanged(before: Sequence[ShardRecord], streams: Sequence[TokenStream
 
     A shard of another time of change is read: its sha256 decides, as it does where `verify` has computed it.
     """
-    shards = {path.name: (path, len(shard)) for s in streams for path, shard in zip(s.paths, s.shards, strict=True)}
+    shards = {path.name: (path, tokens) for s in streams for path, tokens in zip(s.paths, s.lengths, strict=True)}
     sums = {file: sha256 for stream in streams for file, sha256 in stream.sums.items()}
     way_out = "a run ends on the data it began with; restore the file, or start a run of another --name"
     now = []

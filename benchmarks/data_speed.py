@@ -79,8 +79,9 @@ def shards(folder: str | None, vocab_size: int, n_tokens: int) -> Iterator[Path]
         for i, start in enumerate(range(0, 0 if folder else n_tokens, SHARD_TOKENS)):
             size = min(SHARD_TOKENS, n_tokens - start)
             write_shard(Path(made, f"train_{i + 1:06d}.bin"), draw.integers(0, vocab_size, size, dtype=np.uint16))
-        for shard in TokenStream(folder or made, "train", 2**16).shards:
-            shard.max()
+        stream = TokenStream(folder or made, "train", 2**16)
+        for index in range(len(stream.paths)):
+            stream.shard(index).max()
         yield Path(folder or made)
 
 
@@ -91,8 +92,8 @@ def work(loader: Any, n: int) -> dict[str, Any]:
     from data import to_ids
 
     stream, size = loader.stream, loader.cfg.micro_batch * loader.cfg.block_size + 1
-    starts = [loader.start(step, 0) % max(1, len(stream.shards[0]) - size) for step in range(n)]
-    held = [np.array(stream.shards[0][start : start + size]) for start in starts[:8]]
+    starts = [loader.start(step, 0) % max(1, stream.lengths[0] - size) for step in range(n)]
+    held = [np.array(stream.shard(0)[start : start + size]) for start in starts[:8]]
 
     def load() -> None:
         for step in range(n):
@@ -100,7 +101,7 @@ def work(loader: Any, n: int) -> dict[str, Any]:
 
     def copy() -> None:
         for start in starts:
-            np.array(stream.shards[0][start : start + size])
+            np.array(stream.shard(0)[start : start + size])
 
     def check() -> None:
         for i in range(n):

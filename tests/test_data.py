@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,20 @@ def test_ranks_and_micro_steps_only_slice_the_range_of_the_step(tmp_path_factory
     assert torch.cat([x for x, _ in pairs]).flatten().tolist() == expected[:-1].tolist()
     assert torch.cat([y for _, y in pairs]).flatten().tolist() == expected[1:].tolist()
     assert all(x.shape == y.shape == (micro_batch, length) for x, y in pairs)
+
+
+def test_more_shards_than_files_a_process_may_open(tmp_path):
+    """What is read again, later, must still be the same file."""
+    tokens = make_shards(tmp_path, [3] * 1100)
+    code = "import sys, resource, data; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
+    code += "s = data.TokenStream(sys.argv[1], 'train', 2**16); s.verify(); print(*s.read(0, len(s)))"
+    done = run_command("-c", code, tmp_path)
+    assert done.returncode == 0 and done.stdout.split() == list(map(str, tokens)), done.stderr
+    stream = TokenStream(tmp_path, "train", 2**16)
+    stream.read(0, len(stream))
+    write_shard(stream.paths[0], np.array([7, 7, 7], dtype=np.uint16))
+    with pytest.raises(UserError, match=r"train_000001.bin: was changed while it was in use"):
+        stream.read(0, 3)
 
 
 def loader(folder, ahead: bool, **changes) -> Batches:

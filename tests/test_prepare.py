@@ -437,11 +437,15 @@ def test_disk_full_while_writing(tmp_path):
     assert set(err[at + 2 :]) == {".progress.json", "val_000000.bin", "train_000001.bin"}
 
 
-@pytest.mark.parametrize("kind", ["one row group", "one txt document"])
+@pytest.mark.parametrize("kind", ["one row group", "few long rows", "one txt document"])
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     text = "".join(random.Random(0).choices(TOPICS, k=400))[:1_000_000]
     if kind == "one row group":
         source = write_parquet(tmp_path / "a.parquet", [text[i : i + 5000] for i in range(0, 1_000_000, 5000)] * 100)
+    elif kind == "few long rows":
+        noise = random.Random(0).randbytes(50_000_000).hex()  # that compression cannot make small
+        rows = [str(i) for i in range(100_000)] + [noise[i : i + 200_000] for i in range(0, len(noise), 200_000)]
+        source = write_parquet(tmp_path / "a.parquet", rows, row_group_size=len(rows), write_batch_size=8)
     else:
         source = tmp_path / "a.txt"
         source.write_text(text * 100)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import time
 from itertools import pairwise
 
 import pytest
@@ -18,6 +20,7 @@ from system.errors import UserError
 from train import train
 from training.checkpoint import list_checkpoints, newest_checkpoint
 from training.optim import learning_rate, make_optimizer
+from training.trackers import TensorBoard, put_before_now
 
 WORDS = ["--encoding=carope", "--name=r"]
 
@@ -180,6 +183,26 @@ def test_wandb_and_tensorboard_log_offline(small, tmp_path):
     events.Reload()
     logged = [r["loss"] for r in records(tmp_path / "r") if "loss" in r]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_tensorboard_has_every_step_though_the_clock_was_put_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, now = tmp_path / "tensorboard", int(time.time())
+    for number, (start, ends) in enumerate([(0, 6), (4, 9), (8, 12)]):
+        board = TensorBoard(tmp_path, start, [])
+        for step in range(start, ends):
+            board.log({"step": step, "loss": 100 * number + step})
+        board.close()
+        for path in folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):  # as if begun tomorrow, and its process another
+            path.rename(folder / f"events.out.tfevents.{now + 86400:010d}.host.{9 - number}.0")
+    assert len(list(folder.iterdir())) == 3
+    put_before_now(folder)
+    put_before_now(folder)
+    events = EventAccumulator(str(folder), {"scalars": 0})
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [*((i, i) for i in range(4)), *((i, 100 + i) for i in range(4, 8)), *((i, 200 + i) for i in range(8, 12))]
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from system.errors import UserError
 
 PIECE_CHARS = 1 << 18  # longer documents are cut
-PARQUET_BATCH_BYTES = 4 << 20  # text decoded at a time
+PARQUET_BATCH_BYTES = 4 << 20  # text decoded at a time, where documents are of one length,
+PARQUET_BATCH_ROWS = 32  # and documents, for where a few are a thousand times as long as the others
 COMPRESSED_TEXT_RATIO = 3.0  # bytes of text per byte of English in gzip or zstd
 SUFFIX = re.compile(r"\.(parquet|jsonl|txt)((?<!parquet)(?:\.gz|\.zst))?$")
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
@@ -70,7 +71,7 @@ def open_parquet(path: Path) -> Any:  # -> pyarrow.parquet.ParquetFile
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20)  # buffered: a row group's pages are read one by one
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # a row group's pages are read one by one
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({one_line(error)})") from None
     schema = file.schema_arrow
@@ -102,7 +103,7 @@ def _read_parquet(path: Path) -> Iterator[str | None]:
 
     with open_parquet(path) as file:
         row_bytes = sum(_row_group_bytes(file)) // max(1, file.metadata.num_rows) + 1
-        rows = min(1024, max(1, PARQUET_BATCH_BYTES // row_bytes))
+        rows = min(PARQUET_BATCH_ROWS, max(1, PARQUET_BATCH_BYTES // row_bytes))
         try:
             for batch in file.iter_batches(batch_size=rows, columns=["text"], use_threads=False):
                 yield from batch.column(0).to_pylist()

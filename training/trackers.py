@@ -1,6 +1,7 @@
 """Who watches a run: the terminal, Weights & Biases, TensorBoard. Each takes the records of log.jsonl."""
 
 import os
+import re
 import secrets
 import struct
 import sys
@@ -131,6 +132,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("tensorboard = true: `pip install tensorboard`, or --tensorboard=false") from None
+        put_before_now(folder / "tensorboard")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         for record in at_start:  # taken back with the rest, though the checkpoint had seen it
             self.log(record)
@@ -142,6 +144,22 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def put_before_now(folder: Path) -> None:
+    """Rename event files so that they come before one that is begun now, in the order they have.
+
+    TensorBoard reads them by their names, which begin with the second of their start, and drops what seems to come from before
+    a restart. A clock that was put back would have the continued run come first.
+    """
+    latest = int(time.time()) - 1
+    for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        second = re.match(r"\d+", path.name.removeprefix("events.out.tfevents."))
+        if second and int(second[0]) > latest:
+            path.rename(path.with_name(path.name.replace(second[0], f"{latest:010d}", 1)))
+            latest -= 1
+        elif second:
+            latest = int(second[0])
 
 
 class Progress:
