@@ -9,7 +9,6 @@
 """
 
 import argparse
-import ast
 import importlib
 import shlex
 import sys
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine
+from system.console import CommandLine, docstring_of, given_path, new_folder
 from system.errors import UserError, command
 from system.files import write_json
 
@@ -29,7 +28,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        doc = ast.get_docstring(ast.parse((Path(__file__).parent / f"analysis/{name}.py").read_text())) or ""
+        doc = docstring_of(Path(__file__).parent / f"analysis/{name}.py")
         sub = commands.add_parser(
             name,
             help=doc.splitlines()[0].replace("%", "%%"),
@@ -40,12 +39,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         module = importlib.import_module(f"analysis.{name}")
         own_data = getattr(module, "OWN_DATA", False)
         text = "run folder (its newest valid checkpoint) or checkpoint folder"
-        sub.add_argument("runs", nargs="*" if own_data else "+", metavar="RUN", help=text)
+        sub.add_argument("runs", type=given_path, nargs="*" if own_data else "+", metavar="RUN", help=text)
         module.add_arguments(sub)
         if not own_data:
-            sub.add_argument("--data", help="folder of token shards [default: the one the run was trained on]")
+            sub.add_argument("--data", type=given_path, help="folder of token shards [default: the one the run was trained on]")
         sub.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto]")
-        sub.add_argument("--out", metavar="FOLDER", help="where the files go [default: RUN/analysis of the first run]")
+        sub.add_argument(
+            "--out", type=new_folder, metavar="FOLDER", help="where the files go [default: RUN/analysis of the first run]"
+        )
         sub.set_defaults(module=module)
     return parser.parse_args(argv)
 

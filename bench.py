@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine
+from system.console import CommandLine, docstring_of, new_file
 from system.errors import command
 from system.files import write_json
 
@@ -32,14 +32,14 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in [name for name in COMMANDS if name in argv[:1]] or COMMANDS:
         module = importlib.import_module(f"benchmarks.{name}_speed")
-        doc = (module.__doc__ or "").strip()
+        doc = docstring_of(str(module.__file__))
         sub = commands.add_parser(
             name,
             help=doc.splitlines()[0].replace("%", "%%"),
             description=doc,
         )
         module.add_arguments(sub)
-        sub.add_argument("--json", metavar="FILE", help="also write the result there")
+        sub.add_argument("--json", type=new_file, metavar="FILE", help="also write the result there")
         sub.set_defaults(module=module)
     return parser.parse_known_args(argv)
 

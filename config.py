@@ -20,11 +20,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from system.console import CommandLine
+from system.console import CommandLine, given_path
 from system.errors import UserError
 from system.host import ranks
 
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
+Place = Annotated[str, pydantic.AfterValidator(given_path)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks messages of one line, terminals or file systems
 
@@ -36,10 +37,10 @@ class Config(BaseModel):
 
     # run
     name: str = Field("", description="run folder below out_dir [default: the names of the config files, joined by '-']")
-    out_dir: str = Field("runs", description="where run folders are kept")
-    data: str = Field("data/fineweb-edu-10B", description="folder of token shards, as prepare_fineweb.py writes it")
+    out_dir: Place = Field("runs", description="where run folders are kept")
+    data: Place = Field("data/fineweb-edu-10B", description="folder of token shards, as prepare_fineweb.py writes it")
     seed: int = Field(1, ge=0, lt=2**63, description="seed of the initial weights")
-    init_from: str = Field(
+    init_from: Place = Field(
         "",
         description="weights to start from: a run, a checkpoint or a Hugging Face GPT-2 (folder); of any encoding",
     )
@@ -143,7 +144,7 @@ class Config(BaseModel):
             )
         for key, value in self:
             if isinstance(value, str) and UNPRINTABLE.search(value):
-                raise ValueError(f"{key} = {value!r}: control characters are not taken")
+                raise ValueError(f"{key} = {value!r}: control characters are not taken, nor what is not UTF-8")
         if self.n_embd % self.n_head:
             works = ", ".join(str(h) for h in _nearest_divisors(self.n_embd, self.n_head))
             raise ValueError(
@@ -209,7 +210,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
     """
     for word, after in pairwise([*argv, ""]):
         if UNPRINTABLE.search(word):
-            raise UserError(f"{word!r} (command line): control characters are not taken")
+            raise UserError(f"{word!r} (command line): control characters are not taken, nor what is not UTF-8")
         is_value = after and not after.startswith("-") and not after.endswith(".toml")
         if after == "=" or (word.startswith("--") and word.endswith("=") and is_value):
             raise UserError(f"{word} {after}: --key=value is written without spaces")
@@ -271,7 +272,9 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     python train.py config/demo.toml config/carope.toml
     torchrun --standalone --nproc_per_node=2 train.py config/small.toml config/rope.toml --seed=2"""
     parser = CommandLine(about, prog=prog, usage="%(prog)s [CONFIG.toml ...] [--key=value ...]")
-    parser.add_argument("files", nargs="*", metavar="CONFIG.toml", help="e.g. config/small.toml config/carope.toml")
+    parser.add_argument(
+        "files", type=given_path, nargs="*", metavar="CONFIG.toml", help="e.g. config/small.toml config/carope.toml"
+    )
     parser.add_argument("--print_config", "--print-config", action="store_true", help="show the result as TOML and leave")
     for key, field in Config.model_fields.items():
         text = field.description or ""

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine, help_first, no_bar
+from system.console import CommandLine, given_path, help_first, new_file, no_bar
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+    add("runs", type=given_path, nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--lengths", nargs="+", type=int, default=[512, 1024], metavar="T", help="window lengths, tokens [default: 512 1024]")
     add(
         "--max_tokens",
@@ -49,11 +49,11 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="evaluate documents of at least N tokens, each by itself [default: all in one]",
     )
-    add("--losses", metavar="FILE.npz", help="also write the loss of every document, under all runs and lengths")
+    add("--losses", type=new_file, metavar="FILE.npz", help="also write the loss of every document, under all runs and lengths")
     add("--per_position", "--per-position", action="store_true", help="loss against position in the window, into the JSON too")
-    add("--figure", metavar="FILE.png", help="draw it; implies --per_position")
+    add("--figure", type=new_file, metavar="FILE.png", help="draw it; implies --per_position")
     add("--batch", type=int, default=0, help="windows per forward pass [default: what fits in about a gigabyte]")
-    add("--data", help="folder of token shards [default: the one the run was trained on]")
+    add("--data", type=given_path, help="folder of token shards [default: the one the run was trained on]")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
     add("--dtype", choices=["auto", "bfloat16", "float32"], help="autocast type [default: the one the run was trained in]")
     add(
@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
         type=float,
         help="of --rope_scaling, at least 1: evaluation length over training length, the run's block_size",
     )
-    add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
+    add("--json", type=new_file, metavar="FILE", help="also write the results as a list of JSON objects")
     add("--append", action="store_true", help="with --json: keep the results of other evaluations that the file has")
     add(
         "--wandb",
@@ -310,7 +310,7 @@ def default_batch(length: int, cfg: Config) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for values that cannot be, and for files that could not be written in the end."""
+    """Raise UserError for values that cannot be."""
     at_least(1, lengths=args.lengths, documents=args.documents)
     at_least(0, max_tokens=args.max_tokens, batch=args.batch, stride=args.stride)
     if args.append and not args.json:
@@ -320,9 +320,6 @@ def check(args: argparse.Namespace) -> None:
     if args.stride > min(args.lengths):
         shortest = f"the shortest of --lengths = {min(args.lengths)}"
         raise UserError(f"--stride = {args.stride}: tokens between windows would not count; must be at most {shortest}")
-    for path in filter(None, (args.json, args.figure, args.losses)):
-        if not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path}: its folder is not there; make it first")
 
 
 @command

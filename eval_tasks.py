@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine, help_first
+from system.console import CommandLine, given_path, help_first, new_file
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+    add("runs", type=given_path, nargs="+", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--tasks", required=True, metavar="A,B", help="names of the harness, e.g. hellaswag,lambada_openai,arc_easy,piqa")
-    add("--include_path", "--include-path", metavar="DIR", help="folder with task files (YAML) of your own")
+    add("--include_path", "--include-path", type=given_path, metavar="DIR", help="folder with task files (YAML) of your own")
     add("--num_fewshot", "--num-fewshot", type=int, help="worked examples before each question [default: the task's own]")
     add("--limit", type=int, help="only the first so many questions of each task: to try it, not to report it")
     add("--batch", type=int, default=1, help="texts per forward pass; tasks that generate take 1 [default: 1]")
     add("--max_length", "--max-length", type=int, help="tokens of a text, cut on the left [default: the training length]")
     add("--add_bos", "--add-bos", action="store_true", help="an end-of-text token before every text, as in training")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
-    add("--json", metavar="FILE", help="also write the results as a list of JSON objects")
+    add("--json", type=new_file, metavar="FILE", help="also write the results as a list of JSON objects")
     return parser.parse_args()
 
 

@@ -10,14 +10,16 @@ Perplexities go into the model card where eval_ppl.py has left them: python eval
 import argparse
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine, help_first
+from system.console import CommandLine, given_path, help_first, new_folder
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
     parser = CommandLine(__doc__)
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
-    parser.add_argument("out", metavar="OUT", help="folder to write; it must not be there yet, or be empty")
+    parser.add_argument(
+        "run", type=given_path, metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder"
+    )
+    parser.add_argument("out", type=new_folder, metavar="OUT", help="folder to write; it must not be there yet, or be empty")
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ from evaluation.results import Question, Result, read_results
 from experiments.jobs import Job, run_all
 from experiments.lab_report import collect, draw, read_report, refuse_other, render
 from experiments.plan import Entry, check_data, find, questions, refuse_conflicts, show_plan
-from system.console import CommandLine, quiet, remark
+from system.console import CommandLine, given_path, new_file, quiet, remark
 from system.errors import EXIT_REQUEUE, UserError, at_least, command
 from system.files import atomic_write, sha256_file, write_json
 from training.provenance import source_of
@@ -41,7 +41,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("base", nargs="?", default="config/lab.toml", metavar="CONFIG.toml", help="[default: config/lab.toml]")
+    add("base", type=given_path, nargs="?", default="config/lab.toml", metavar="CONFIG.toml", help="[default: config/lab.toml]")
     add("--encodings", nargs="+", default=DEFAULT, help=f"files in config/, the baseline first [default: {' '.join(DEFAULT)}]")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="[default: 1 2 3]")
     add("--lengths", nargs="+", type=int, metavar="T", help="evaluation lengths [default: 1, 2, 4 and 8 training lengths]")
@@ -56,7 +56,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--jobs", type=int, default=1, help="runs at a time; on a CPU they share its cores [default: 1]")
     add("--stagger", type=float, default=0, metavar="S", help="seconds between the starts of two runs [default: 0]")
     add("--minutes", type=float, default=0, help="stop after so long, in order; 0 is never [default: 0]")
-    add("--json", metavar="FILE", help="[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike")
+    add(
+        "--json",
+        type=new_file,
+        metavar="FILE",
+        help="[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike",
+    )
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     args, rest = parser.parse_known_args()
     at_least(1, jobs=args.jobs, lengths=args.lengths)

@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from system.console import docstring_of
 from system.errors import EXIT_REQUEUE, command
 from system.watchdog import PARENT, follow_parent
 
@@ -54,7 +55,7 @@ def launch(arguments: list[str]) -> int:
 def main() -> int:
     """Launch what the command line says."""
     if not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
+        print(docstring_of(__file__))
         return 0
     follow_parent()
     os.environ[PARENT] = str(os.getpid())

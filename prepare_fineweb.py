@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from system.console import CommandLine, remark
+from system.console import CommandLine, given_path, remark
 from system.errors import UserError, command
 from system.files import locked, write_json
 from system.host import heard
@@ -180,18 +180,23 @@ def parse_args(argv: list[str]) -> Job:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add(
-        "--source", nargs="+", action="extend", metavar="WHERE",
+        "--source", type=given_path, nargs="+", action="extend", metavar="WHERE",
         help="a folder on the hub as hf://datasets/OWNER/NAME[@REVISION]/FOLDER (HF_TOKEN, HF_HOME, HF_ENDPOINT and "
         "HF_HUB_OFFLINE are honored); or local .parquet, .jsonl[.gz|.zst] and .txt[.gz|.zst] files, folders and quoted "
         f"patterns (column or key `text`; a txt file is one document); or demo (default: {FINEWEB})",
     )  # fmt: skip
     add(
-        "--pretokenized", metavar="WHERE",
+        "--pretokenized", type=given_path, metavar="WHERE",
         help="instead of text, shards of tokens: OWNER/NAME[@REVISION][/FOLDER] on the hub or a local folder, with .bin files "
         "of llm.c or nanoGPT or .npy files of build-nanogpt; GPT-2's tokens where no manifest.json says otherwise; what says "
         "val is validation, else the first",
     )  # fmt: skip
-    add("--out", type=Path, help="folder for the shards (default: data/fineweb-edu-10B, for the demo data/demo)")
+    add(
+        "--out",
+        type=given_path,
+        metavar="FOLDER",
+        help="folder for the shards (default: data/fineweb-edu-10B, for the demo data/demo)",
+    )
     add("--tokenizer", help=f"{' or '.join(TOKENIZERS)} (default: gpt2, for the demo bytes)")
     add(
         "--shard_tokens",
@@ -222,21 +227,21 @@ def parse_args(argv: list[str]) -> Job:
         return pretokenized_job(args)
     workers = args.workers or n_cores()
     source, demo = args.source or [FINEWEB], args.source == ["demo"]
-    out = args.out or {FINEWEB: Path("data/fineweb-edu-10B"), "demo": Path("data/demo")}.get(" ".join(source))
+    out = args.out or {FINEWEB: "data/fineweb-edu-10B", "demo": "data/demo"}.get(" ".join(source))
     if out is None:
         raise UserError(f"--source {' '.join(source)}: say with --out which folder its shards go to, e.g. --out data/mine")
     shard_tokens = args.shard_tokens or (1_000_000 if demo else 100_000_000)
     tokenizer = args.tokenizer or ("bytes" if demo else "gpt2")
     val_tokens = args.val_tokens or (200_000 if demo else shard_tokens)
     if not args.val_tokens and not demo and not is_hub(source):
-        expected = expected_tokens(open_source(source, out / SCRATCH), tokenizer, args.limit_tokens)
+        expected = expected_tokens(open_source(source, Path(out) / SCRATCH), tokenizer, args.limit_tokens)
         val_tokens = min(shard_tokens, max(1000, expected // 100))
     if args.limit_tokens and args.limit_tokens <= val_tokens:
         raise UserError(
             f"--limit_tokens {args.limit_tokens:,} is all taken by the {val_tokens:,} tokens of validation, nothing is left to "
             "train on; raise it or give a smaller --val_tokens"
         )
-    return Job(source, out, tokenizer, shard_tokens, val_tokens, args.limit_tokens, workers)
+    return Job(source, Path(out), tokenizer, shard_tokens, val_tokens, args.limit_tokens, workers)
 
 
 def pretokenized_job(args: argparse.Namespace) -> Job:
@@ -245,10 +250,10 @@ def pretokenized_job(args: argparse.Namespace) -> Job:
     for name in ("source", "tokenizer", "shard_tokens", "val_tokens"):
         if getattr(args, name) not in (None, "gpt2"):
             raise UserError(f"--{name} does not go with --pretokenized: the shards are taken as they are")
-    out = args.out or {FINEWEB_TOKENS: Path("data/fineweb-edu-10B")}.get(where)
+    out = args.out or {FINEWEB_TOKENS: "data/fineweb-edu-10B"}.get(where)
     if out is None:
         raise UserError(f"--pretokenized {where}: say with --out which folder its shards go to, e.g. --out data/mine")
-    return Job([], out, "gpt2", 0, 0, args.limit_tokens, args.workers or DOWNLOADS, where)
+    return Job([], Path(out), "gpt2", 0, 0, args.limit_tokens, args.workers or DOWNLOADS, where)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine
+from system.console import CommandLine, given_path, new_file
 from system.errors import UserError, command
 from system.files import atomic_write
 
@@ -27,8 +27,8 @@ def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders; files among them are passed over")
-    add("-o", "--out", default="report.html", metavar="FILE", help="the page [default: report.html]")
+    add("runs", type=given_path, nargs="+", metavar="RUN", help="run folders; files among them are passed over")
+    add("-o", "--out", type=new_file, default="report.html", metavar="FILE", help="the page [default: report.html]")
     add("--title", default="", help="[default: the encodings compared]")
     add("--samples", type=int, default=1, metavar="N", help="samples of each run and prompt, 0 is none [default: 1]")
     add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
@@ -86,14 +86,9 @@ def main() -> None:
     """Write the page the command line asks for."""
     args = parse_args()
     out = Path(args.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"-o {out}: {'a folder' if out.is_dir() else 'its folder is not there'}; give a file, as report.html")
     page = render(args)
-    try:
-        with atomic_write(out, "w") as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"-o {out}: cannot be written ({error.strerror}); give a file elsewhere") from None
+    with atomic_write(out, "w") as file:
+        file.write(page)
     print(f"{out}: {len(page.encode()) / 2**20:.1f} MiB")
 
 

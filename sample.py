@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine, help_first
+from system.console import CommandLine, given_path, help_first
 
 
 def parse_args() -> argparse.Namespace:
     """The command line; abbreviations are not taken."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
+    add("run", type=given_path, metavar="RUN", help="run folder (its newest valid checkpoint) or checkpoint folder")
     add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
-    add("--file", metavar="FILE", help="one prompt from a text file; - is standard input")
+    add("--file", type=given_path, metavar="FILE", help="one prompt from a text file; - is standard input")
     add("--num_samples", "--num-samples", type=int, default=1, help="samples for each prompt [default: 1]")
     add(
         "--batch", type=int, default=1,

@@ -20,7 +20,7 @@ from config import grad_accum
 from evaluation.results import Result, beside, read_results
 from experiments.jobs import launch, start
 from experiments.plan import ROOT, Entry, check_data, find, questions, refuse_conflicts, show_plan
-from system.console import CommandLine, quiet, remark
+from system.console import CommandLine, new_file, new_folder, quiet, remark
 from system.errors import UserError, command
 from system.files import atomic_write, write_json
 
@@ -54,14 +54,14 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     add("--max_tokens", "--max-tokens", type=int, default=0, help="evaluate the first so many tokens only [default: all]")
     add("--nproc", type=int, default=0, help="processes on this node [default: one, which uses one device]")
-    add("--out", default=None, help="folder of table1.* [default: the runs' out_dir]")
+    add("--out", type=new_folder, default=None, help="folder of table1.* [default: the runs' out_dir]")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     add(
         "--preflight",
         action="store_true",
         help="try a few steps of each run, the exchange between ranks, data, disk and a checkpoint, say the cost and leave",
     )
-    add("--json", metavar="FILE", help="with --preflight: also write its figures there")
+    add("--json", type=new_file, metavar="FILE", help="with --preflight: also write its figures there")
     args, rest = parser.parse_known_args()
     if args.json and not args.preflight:
         raise UserError("--json: goes with --preflight; the table's figures are in table1.json")

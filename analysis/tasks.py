@@ -23,6 +23,7 @@ from analysis.task_data import SHORTEST, TASKS, VOCABULARIES, example, ids_of
 from distributed import Distributed, pick_dtype
 from evaluation.windows import pieces
 from model import GPT
+from system.console import new_folder
 from system.errors import UserError
 from training.checkpoint import load_model
 
@@ -41,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1, help="of the examples [default: 1]")
     shards = parser.add_argument_group("instead of RUNs, examples to train on, as token shards")
     add = shards.add_argument
-    add("--write_shards", "--write-shards", metavar="FOLDER", help="where they go: train.py --data=FOLDER --block_size=LENGTH")
+    add(
+        "--write_shards",
+        "--write-shards",
+        type=new_folder,
+        metavar="FOLDER",
+        help="where they go: train.py --data=FOLDER --block_size=LENGTH",
+    )
     add("--length", type=int, metavar="T", help=f"the training length, tokens [default: {DEFAULTS['length']}]")
     add("--tokens", type=int, metavar="N", help=f"to train on; a twentieth more are validation [default: {DEFAULTS['tokens']}]")
     add("--tokenizer", choices=list(VOCABULARIES), help=f"whose ids [default: {DEFAULTS['tokenizer']}]")

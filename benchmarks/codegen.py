@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.fake_cuda import pretend
 from config import Config, load_config
-from system.console import CommandLine
+from system.console import CommandLine, new_file
 from system.errors import command
 from system.files import write_json
 
@@ -44,7 +44,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--matmul", type=float, default=650, metavar="TFLOP/s", help="rate of matmuls, reached [default: 650, of 989]")
     add("--attention", type=float, default=250, metavar="TFLOP/s", help="rate of attention, reached [default: 250]")
     add("--show", action="store_true", help="also a line for each kind of kernel")
-    add("--json", metavar="FILE", help="also write the result there")
+    add("--json", type=new_file, metavar="FILE", help="also write the result there")
     return parser.parse_known_args()
 
 

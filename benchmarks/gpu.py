@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.gpu_sampler import Sampler
 from benchmarks.gpu_setup import install_wheels, prepare, unpack
-from system.console import CommandLine
+from system.console import CommandLine, given_path
 from system.errors import EXIT_REQUEUE, UserError, command
 from system.files import write_json
 
@@ -52,7 +52,7 @@ TOY = ["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=32", "--micro_batc
 
 def absolute(word: str) -> Path:
     """A path that stays the same in our own folder."""
-    return Path(word).absolute()
+    return Path(given_path(word)).absolute()
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.gpu_setup import TEXT
 from benchmarks.peers import FILES, load_definitions
-from system.console import CommandLine
+from system.console import CommandLine, given_path, new_folder
 from system.errors import UserError, command
 from system.files import atomic_write
 from text.corpus import read_pieces
@@ -35,9 +35,22 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--text", nargs="+", metavar="FILE", help="parquet, jsonl or txt files or folders, as prepare_fineweb.py takes them")
-    add("--vs", action="append", default=[], metavar="PATH", help="checkout with a nanoGPT-style model.py or train_gpt2.py")
-    add("--out", default=".gpu", metavar="FOLDER", help="[default: .gpu]")
+    add(
+        "--text",
+        type=given_path,
+        nargs="+",
+        metavar="FILE",
+        help="parquet, jsonl or txt files or folders, as prepare_fineweb.py takes them",
+    )
+    add(
+        "--vs",
+        type=given_path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="checkout with a nanoGPT-style model.py or train_gpt2.py",
+    )
+    add("--out", type=new_folder, default=".gpu", metavar="FOLDER", help="[default: .gpu]")
     add("--python", default="3.12", metavar="X.Y", help="of the machine, for its wheels [default: 3.12]")
     return parser.parse_args()
 

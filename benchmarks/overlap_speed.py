@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, grad_accum, load_config
+from system.console import new_folder
 from system.errors import UserError
 from system.host import ranks
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bucket_mb", nargs="+", type=float, default=[], metavar="MB", help="bucket sizes, MiB, beside torch's own")
     add("--rounds", type=int, default=20, help="timed steps of each [default: %(default)s]")
     add("--traced", type=int, default=5, help="traced steps of each [default: %(default)s]")
-    add("--traces", metavar="FOLDER", help="keep the Chrome traces there, for Perfetto")
+    add("--traces", type=new_folder, metavar="FOLDER", help="keep the Chrome traces there, for Perfetto")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from system.console import new_folder
+
 DEMO_REPEATS = 10  # the demo corpus is 2 MB, a second's work
 SHARD_TOKENS = 100_000_000  # of the pool; ours has its own default
 
@@ -57,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit_tokens", "--limit-tokens", type=positive, metavar="N", help="stop after this many tokens [default: all]")
     add("--workers", type=positive, nargs="+", default=sorted({1, n_cores()}), help="[default: 1 and all cores: %(default)s]")
     add("--rounds", type=positive, default=5, help="[default: %(default)s]")
-    add("--scratch", metavar="FOLDER", help="where shards are written and removed again [default: the system's]")
+    add(
+        "--scratch",
+        type=new_folder,
+        metavar="FOLDER",
+        help="where shards are written and removed again [default: the system's]",
+    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:

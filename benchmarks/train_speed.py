@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from system.console import new_file
+
 if TYPE_CHECKING:
     from benchmarks.turns import Candidate
     from config import Config
@@ -49,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkout with a nanoGPT-style model.py or train_gpt2.py, at the first candidate's shape; options as above",
     )
     add("--vs_tuned", action="store_true", help="the peers in our dtype and compiled on a CPU too; else as they ship")
-    add("--profile", metavar="FILE", help="also write a table of the operations of the slowest candidate of the first's shape")
+    add(
+        "--profile",
+        type=new_file,
+        metavar="FILE",
+        help="also write a table of the operations of the slowest candidate of the first's shape",
+    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The command lines of all scripts, and what they say beside results: progress and remarks, which --quiet leaves out."""
 
 import argparse
+import ast
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from system.errors import UserError, command
@@ -26,6 +28,44 @@ class CommandLine(argparse.ArgumentParser):
         if re.search(r"invalid (int|float) value: '[0-9.]+(,[0-9.]+)+'", message):
             message += "; numbers of a list are given with spaces between them"
         raise UserError(f"{message}; see --help")
+
+
+def docstring_of(file: str | Path) -> str:
+    """The docstring of a module by its source, which Python has under -OO, too."""
+    return ast.get_docstring(ast.parse(Path(file).read_text(encoding="utf-8"))) or ""
+
+
+def given_path(word: str) -> str:
+    """The type of an argument that is a path: ~ is the home folder, which a shell does not see behind an = sign.
+
+    Raises UserError for a name that is not UTF-8: neither safetensors nor pyarrow opens it.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in word):
+        raise UserError(f"{word!a}: a name that is not UTF-8; rename it, or link to it by another name")
+    return os.path.expanduser(word)
+
+
+def new_file(word: str) -> str:
+    """The type of an argument that is a file to be written. Raises UserError at once where that would fail in the end."""
+    found = Path(given_path(word))
+    if found.exists() and not found.is_file():
+        raise UserError(f"{word}: {'a folder' if found.is_dir() else 'no ordinary file'}; give the name of a file")
+    if not found.absolute().parent.is_dir():
+        raise UserError(f"{word}: its folder is not there; make it first")
+    if not os.access(found.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"{word}: cannot be written, its folder is read-only; give a file elsewhere")
+    return str(found)
+
+
+def new_folder(word: str) -> str:
+    """The type of an argument that is a folder to be written to, made where it is not there. Raises UserError as `new_file`."""
+    found = Path(given_path(word))
+    there = next(p for p in [found.absolute(), *found.absolute().parents] if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{word}: {'' if there == found.absolute() else f'{there} is '}no folder; give another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{word}: cannot be written, {there} is read-only; give a folder elsewhere")
+    return str(found)
 
 
 class _Quiet(argparse.Action):

@@ -1,6 +1,7 @@
 """How a script ends: a user's mistake is one line on stderr and exit code 2, never a traceback."""
 
 import atexit
+import errno
 import functools
 import io
 import os
@@ -29,6 +30,14 @@ class UserError(Exception):
     def __init__(self, message: str, alone: bool = False) -> None:
         super().__init__(printable(message))
         self.alone = alone
+
+
+def unusable(error: OSError) -> UserError | None:
+    """The file or disk that a user can put right, in words; None where `error` is of another kind."""
+    users = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if error.filename is None or error.errno not in users:
+        return None
+    return UserError(f"{error.filename}: {error.strerror}", alone=True)
 
 
 def at_least(smallest: float, **options: float | Sequence[float] | None) -> None:
@@ -108,7 +117,7 @@ def speak_anyway(*names: str) -> None:
 
 
 def command(main: Callable[[], int | None] | None = None, *, work_in_files: bool = False) -> Any:
-    """Turn `main` into a script's entry point: UserError → one line and exit 2; Ctrl-C → 130.
+    """Turn `main` into a script's entry point: UserError, or a file that is `unusable` → one line and exit 2; Ctrl-C → 130.
 
     A stderr that fails never stops it. With `work_in_files`, for scripts that write their product to files, a stdout that fails
     does not either; in others a reader of stdout who leaves, as in `… | head`, ends the script with 141, as SIGPIPE would.
@@ -126,18 +135,21 @@ def command(main: Callable[[], int | None] | None = None, *, work_in_files: bool
             sys.stdout.flush()
         except SystemExit as request:
             code = request.code
-        except UserError as error:
-            if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:  # torchrun ends all ranks when one has ended: the one that says why must be the first
-                time.sleep(30)
-            code = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             code = 130
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = EXIT_UNREAD
+        except (UserError, OSError) as caught:
+            error = caught if isinstance(caught, UserError) else unusable(caught)
+            if error is None:
+                raise
+            if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:  # torchrun ends all ranks when one has ended: the one that says why must be the first
+                time.sleep(30)
+            code = 2
         _Ending.code = code if isinstance(code, int) else int(code is not None)
         sys.exit(code)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ends_with_the_test, run_command
+from conftest import ROOT, ends_with_the_test, obey_modes, run_command
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 TOY = ["--n_layer=1", "--micro_batch=4", "--tokens_per_step=256", "--steps=4", "--eval_tokens=200", "--final_eval_tokens=200"]
@@ -49,6 +49,73 @@ def test_with_quiet_there_are_results_and_nothing_else(script, corpus, runs, tmp
 def test_quiet_keeps_errors(tmp_path):
     done = run_command("train.py", f"--data={tmp_path / 'none'}", "--quiet", f"--out_dir={tmp_path}")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+UNWRITABLE = {  # a command line for each script that writes where it is told, without the place
+    "eval_ppl.py": ["{run}", "--lengths", "32", "--json"], "report.py": ["{run}", "-o"], "export_hf.py": ["{run}"],
+    "table1.py": ["--sizes", "lab", "--out"], "lab.py": ["--json"], "analyze.py": ["freq", "{run}", "--out"],
+    "bench.py": ["scaling", "--json"], "eval_tasks.py": ["{run}", "--tasks=a", "--json"],
+    "prepare_fineweb.py": ["--source=demo", "--out"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "script", [name if name in ("eval_ppl.py", "lab.py") else pytest.param(name, marks=pytest.mark.slow) for name in UNWRITABLE]
+)
+def test_what_cannot_be_written_is_refused_before_the_work(script, runs, tmp_path):
+    (tmp_path / "ro").mkdir()
+    (tmp_path / "ro").chmod(0o555)
+    command = [word.format(run=runs / "carope") for word in UNWRITABLE[script]]
+    done = run_command(script, *command, tmp_path / "ro/x", real=True, preexec_fn=obey_modes)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path}/ro/x: cannot be ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("other", ["/dev/null", "{tmp}"])
+def test_a_device_or_a_folder_is_not_replaced_by_a_file(other, runs, tmp_path):
+    done = run_command("eval_ppl.py", runs / "carope", "--lengths", 32, "--json", other.format(tmp=tmp_path))
+    assert done.returncode == 2 and "give the name of a file" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_line(runs, tmp_path):
+    """As where a file may have no more than 100 bytes."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); import signal, runpy, sys; "
+    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv[:] = sys.argv[1:]; "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [ROOT / "eval_ppl.py", runs / "carope", "--lengths", 32, "--max_tokens", 500, "--json", tmp_path / "x.json"]
+    done = run_command("-c", limit, *words, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f"error: {tmp_path}/x.json: File too large", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+NOT_UTF_8 = {
+    "eval_ppl.py": ["{bad}"], "report.py": [".", "-o", "{bad}"], "train.py": ["--data={bad}"],
+    "prepare_fineweb.py": ["--source", "{folder}", "--out", "{folder}/d"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", NOT_UTF_8)
+def test_a_name_that_is_not_utf_8_is_refused(script, tmp_path):
+    bad = tmp_path / os.fsdecode(b"n\xff.txt")
+    bad.write_text("words")
+    done = run_command(script, *(word.format(bad=bad, folder=tmp_path) for word in NOT_UTF_8[script]), "--quiet")
+    assert done.returncode == 2 and "not UTF-8" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_home_is_known_by_its_sign(corpus, tmp_path):
+    (tmp_path / "data").symlink_to(corpus)
+    (tmp_path / "own.toml").write_text('data = "~/data"\n')
+    done = run_command("train.py", "~/own.toml", "--out_dir=~/runs", "--print_config", env={"HOME": str(tmp_path)})
+    assert f'data = "{tmp_path}/data"' in done.stdout and f'out_dir = "{tmp_path}/runs"' in done.stdout, done.stderr
+    done = run_command("prepare_fineweb.py", "--source=demo", "--out=~/d", "--limit_tokens=9000", "--val_tokens=3000",
+                       env={"HOME": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "d/manifest.json").exists(), done.stderr
+
+
+@pytest.mark.parametrize("script", ["launch.py", "bench.py", "analyze.py"])
+def test_help_survives_python_without_docstrings(script):
+    plain, bare = (run_command(script, "--help", env=env, real=True) for env in ({}, {"PYTHONOPTIMIZE": "2"}))
+    assert bare.returncode == 0 and "None" not in bare.stdout and plain.stdout.splitlines()[-1] == bare.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", ["prepare_fineweb.py", "train.py", "eval_ppl.py"])

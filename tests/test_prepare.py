@@ -40,6 +40,7 @@ from hypothesis import strategies as st
 import prepare_fineweb
 from system.errors import UserError
 from text import corpus
+from text.sources import LocalFiles
 from text.tokenizer import load_tokenizer
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where waiting for the disk is not the test
@@ -304,11 +305,48 @@ def test_foreign_shards_are_not_mixed_with(tmp_path):
     assert "did not write" in error_of("--source", source, "--out", tmp_path / "out", "--val_tokens", 2)
 
 
+def test_a_folder_stands_for_its_texts_and_those_it_links_to(tmp_path):
+    """Not for what an editor keeps or a desktop threw away."""
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for path in (
+        "b/c.txt",
+        "a.txt",
+        ".hidden.txt",
+        ".ipynb_checkpoints/a.txt",
+        ".Trash-0/files/a.txt",
+        "lost+found/a.txt",
+        "x.csv",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("words")
+    elsewhere.mkdir()
+    for name in ("d.jsonl", "e.txt"):
+        (elsewhere / name).write_text('{"text": "words"}')
+    linked(folder / "linked", elsewhere)
+    linked(folder / "z.txt", elsewhere / "e.txt")
+    found = [str(path.relative_to(folder)) for path in LocalFiles([str(folder)]).paths]
+    assert found == ["a.txt", "b/c.txt", "linked/d.jsonl", "linked/e.txt", "z.txt"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_texts_are_read_however_arrow_stores_them(tmp_path, kind):
+    texts = ["one", None, "two words", "", "one"]
+    column = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts, kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert pq.ParquetFile(tmp_path / "a.parquet").schema_arrow.field("text").type == kind
+    assert [piece.text for piece in corpus.read_pieces(tmp_path / "a.parquet")] == texts
+
+
 # ---- bad input
 
 
-def bad_parquet(path, column):
-    pq.write_table(pa.table(column), path)
+def bad_parquet(path, columns, **names):
+    pq.write_table(pa.table(columns, **names), path)
+    return path
+
+
+def linked(path, target):
+    path.symlink_to(target)
     return path
 
 
@@ -336,6 +374,12 @@ BAD = {
     "empty folder": (lambda d: d, "no such file"),
     "other kind": (lambda d: written(d / "a.csv", b"x"), "must end in"),
     "no text column": (lambda d: bad_parquet(d / "a.parquet", {"content": ["x"], "id": [1]}), "its columns are content, id"),
+    "two text columns": (
+        lambda d: bad_parquet(d / "a.parquet", [pa.array(["x"])] * 2, names=["text", "text"]),
+        "has 2 columns 'text'",
+    ),
+    "a link to nothing": (lambda d: linked(d / "more", d / "gone").parent, "more: a link to what is not there; mend it"),
+    "a link to itself": (lambda d: linked(d / "again", d).parent, "again: a link back to"),
     "text of numbers": (lambda d: bad_parquet(d / "a.parquet", {"text": [1, 2]}), "holds int64, expected string"),
     "half a parquet": (lambda d: truncated(write_parquet(d / "a.parquet", TOPICS), 0.5), "a.parquet: not a readable parquet"),
     "empty parquet": (lambda d: written(d / "a.parquet", b""), "a.parquet: not a readable parquet"),

@@ -75,10 +75,13 @@ def open_parquet(path: Path) -> Any:  # -> pyarrow.parquet.ParquetFile
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({one_line(error)})") from None
     schema = file.schema_arrow
-    if "text" not in schema.names:
-        raise UserError(f"{path}: has no column 'text'; its columns are {', '.join(schema.names)}")
-    kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if (count := schema.names.count("text")) != 1:
+        names = ", ".join(schema.names)
+        raise UserError(f"{path}: has {f'{count} columns' if count else 'no column'} 'text'; its columns are {names}")
+    kind = stored = schema.field("text").type
+    if pa.types.is_dictionary(kind):
+        stored = kind.value_type
+    if not (pa.types.is_string(stored) or pa.types.is_large_string(stored) or pa.types.is_string_view(stored)):
         raise UserError(f"{path}: its column 'text' holds {kind}, expected string")
     return file
 

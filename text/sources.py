@@ -5,6 +5,7 @@ A source is a list of named files; `fetch(i)` has the i-th on disk for as long a
 
 import glob
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from system.console import given_path
 from system.errors import UserError
 from text.corpus import SUFFIX, demo_documents, stdlib_files, text_bytes
 
 DEMO_TEXT_BYTES = 2_100_000
+TRASH = {"$RECYCLE.BIN", "lost+found", "__MACOSX", "@eaDir"}  # those of Unix begin with a dot
 
 
 class SourceFile(NamedTuple):
@@ -61,7 +64,7 @@ def is_hub(words: list[str]) -> bool:
 
 
 class LocalFiles:
-    """Parquet, jsonl and txt files; a folder stands for all of them in it, sorted by name."""
+    """Parquet, jsonl and txt files; a folder stands for all of them in it and in what it links to, sorted by name."""
 
     revision, fetch_bytes = None, 0
 
@@ -77,18 +80,45 @@ class LocalFiles:
     def _find(word: str) -> list[Path]:
         path = Path(word)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and SUFFIX.search(p.name) and p.name[0] != ".")
+            found = sorted(texts_below(path, {}))
+        elif os.path.lexists(path):
+            found = [path]
         else:
-            found = [path] if path.is_file() else sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.is_file())
+            found = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if not p.is_dir())
         if not found:
             raise UserError(
                 f"--source {word}: no such file, and no folder or pattern with .parquet, .jsonl[.gz|.zst] or .txt[.gz|.zst] "
                 "files in it; a dataset on the hub is hf://datasets/OWNER/NAME/FOLDER"
             )
         for path in found:
+            given_path(str(path))
+            if not path.is_file():
+                what = "not a file" if path.exists() else "a link to what is not there"
+                raise UserError(f"{path}: {what}; mend it or take it away")
             if not SUFFIX.search(path.name):
                 raise UserError(f"{path}: its name must end in .parquet, .jsonl[.gz|.zst] or .txt[.gz|.zst]")
         return found
+
+
+def texts_below(folder: Path, above: dict[tuple[int, int], Path]) -> Iterator[Path]:
+    """What is named as text in a folder and, links followed, in those below it; what is hidden, or thrown away, is passed over.
+
+    `above` are the folders on the way here. Raises UserError for a link back to one of them, and for what cannot be read.
+    """
+    try:
+        here, entries = folder.stat(), list(os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    key = (here.st_dev, here.st_ino)
+    if key in above:
+        raise UserError(f"{folder}: a link back to {above[key]}, which would be read for ever; take it away")
+    for entry in entries:
+        if entry.name[0] == "." or entry.name in TRASH:
+            continue
+        if entry.is_dir():
+            yield from texts_below(folder / entry.name, above | {key: folder})
+        elif SUFFIX.search(entry.name) or not (folder / entry.name).exists():  # what a link leads to may have been text
+            yield folder / entry.name
 
 
 class DemoCorpus:
