@@ -191,7 +191,7 @@ def main() -> int:
     args, overrides = parse_args()
     entries = plan(args.sizes, args.encodings, overrides)
     if args.dry_run or not (quiet() or args.preflight):
-        show_plan(entries)
+        show_plan(entries, args.nproc)
     if args.dry_run:
         return 0
     refuse_conflicts(entries)

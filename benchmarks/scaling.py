@@ -7,7 +7,7 @@ that of one GPU in one direction. Start-up, compilation, loader and logs are tak
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Prediction:
     evaluation: float  # of the whole run
     checkpoints: float  # of the whole run
     price: float  # dollars per GPU-hour
+    memory: float  # bytes of a GPU at the peak of a step
+    sharded: bool  # FSDP: each GPU updates its share of the parameters
 
     @property
     def step(self) -> float:
@@ -72,7 +74,8 @@ class Prediction:
     @property
     def efficiency(self) -> float:
         """Tokens/s per GPU in a step, as a share of those of one GPU alone."""
-        return (self.gpus * self.compute + self.optimizer) / (self.gpus * self.step)
+        alone = self.gpus * self.compute + self.optimizer * (self.gpus if self.sharded else 1)
+        return alone / (self.gpus * self.step)
 
     @property
     def hours(self) -> float:
@@ -84,17 +87,16 @@ class Prediction:
 
 
 def predict(cfg: Config, gpus: int, machine: Machine | None = None) -> Prediction:
-    """A run of `cfg` by DDP on `gpus` GPUs; `machine` None is eight H100s a node at the measured rate, if there is one.
+    """A run of `cfg` on `gpus` GPUs; `machine` None is eight H100s a node at the measured rate, if there is one.
 
     Raises UserError where the GPUs do not fill their nodes, or the batch cannot be split among them.
     """
     machine = machine or machine_for(cfg)
     nodes = n_nodes(gpus, machine)
     micro_batch, accum = split(cfg, gpus)
-    compute = cfg.tokens_per_step * cfg.flops_per_token / gpus / machine.flops
-    buckets = ddp_buckets(cfg)
-    *early, last = (all_reduce(size, gpus, machine) for size in buckets)
-    backward = compute / accum * 2 / 3  # of the last micro-step, the only one that exchanges
+    forward = cfg.tokens_per_step / accum * cfg.flops_per_token / 3 / gpus / machine.flops  # of a micro-step
+    again = forward * block_share(cfg) if cfg.activation_checkpointing else 0.0
+    exchanged, exchange, exposed = (fsdp if cfg.parallel == "fsdp" else ddp)(cfg, gpus, machine, forward, again, accum)
     return Prediction(
         gpus=gpus,
         nodes=nodes,
@@ -102,15 +104,77 @@ def predict(cfg: Config, gpus: int, machine: Machine | None = None) -> Predictio
         grad_accum=accum,
         steps=cfg.steps,
         tokens_per_step=cfg.tokens_per_step,
-        compute=compute,
-        exchanged=2 * (gpus - 1) / gpus * sum(buckets),
-        exchange=sum(early) + last,
-        exposed=max(0.0, sum(early) - backward) + last,
-        optimizer=ADAMW_BYTES * n_params(cfg) / (machine.hbm * machine.efficiency),
+        compute=accum * (3 * forward + again),
+        exchanged=exchanged,
+        exchange=exchange,
+        exposed=exposed,
+        optimizer=ADAMW_BYTES * n_params(cfg) / (gpus if cfg.parallel == "fsdp" else 1) / (machine.hbm * machine.efficiency),
         evaluation=evaluation(cfg, gpus, micro_batch, machine),
         checkpoints=math.ceil(cfg.steps / cfg.save_every) * CHECKPOINT_BYTES * n_params(cfg) / machine.disk,
         price=machine.dollars,
+        memory=memory(cfg, gpus, micro_batch, accum),
+        sharded=cfg.parallel == "fsdp",
     )
+
+
+def ddp(cfg: Config, gpus: int, machine: Machine, forward: float, again: float, accum: int) -> tuple[float, float, float]:
+    """(bytes sent, seconds of it, seconds not hidden) of DDP's step: gradients, bucket by bucket, in the last backward pass."""
+    buckets = ddp_buckets(cfg)
+    *early, last = (all_reduce(size, gpus, machine) for size in buckets)
+    exposed = max(0.0, sum(early) - (2 * forward + again)) + last
+    return 2 * (gpus - 1) / gpus * sum(buckets), sum(early) + last, exposed
+
+
+def fsdp(cfg: Config, gpus: int, machine: Machine, forward: float, again: float, accum: int) -> tuple[float, float, float]:
+    """The same of FSDP's step, as system/fsdp.py has it.
+
+    A micro-step gathers all parameters, and the blocks' again in its backward pass; the last one scatters the gradients. A
+    block is gathered while the one before it computes. The rest of the model (embedding, head), the first block of each pass
+    and the last gradients have nothing to hide behind.
+    """
+    rest, block = 4 * (cfg.vocab_size + 2) * cfg.n_embd, 4 * block_size(cfg)
+    one_way = {size: all_reduce(size, gpus, machine) / 2 for size in (rest, block)}  # a gathering, or a scattering
+    compute = block_share(cfg) * forward / cfg.n_layer
+    backward = 2 * compute + again / cfg.n_layer
+
+    def behind(seconds: float, computing: float) -> float:
+        return (cfg.n_layer - 1) * max(0.0, seconds - computing)
+
+    each = one_way[rest] + 2 * one_way[block] + behind(one_way[block], compute) + behind(one_way[block], backward)
+    last = behind(2 * one_way[block], backward) - behind(one_way[block], backward) + one_way[block] + one_way[rest]
+    blocks = cfg.n_layer * block
+    sent = (gpus - 1) / gpus * (accum * (rest + 2 * blocks) + rest + blocks)
+    seconds = accum * (one_way[rest] + 2 * cfg.n_layer * one_way[block]) + one_way[rest] + cfg.n_layer * one_way[block]
+    return sent, seconds, accum * each + last if gpus > 1 else 0.0
+
+
+def memory(cfg: Config, gpus: int, micro_batch: int, accum: int) -> float:
+    """Bytes of a GPU when a forward pass is done and everything is kept for the backward pass.
+
+    Weights, gradients and AdamW's averages take 16 a parameter, and autocast's weights 2; FSDP keeps a share of them, the
+    gradients whole until the last of several micro-steps, two blocks and the rest of the model gathered. A token takes, in each
+    block, the residual stream twice, and 16 C numbers: what both norms give (2 C), q, k, v (3 C) and q and k turned (2 C), the
+    output of attention (1 C), and of the MLP's hidden layer input and output (8 C); and at the end a logit per id.
+    """
+    P, number, residual = n_params(cfg), 4 if cfg.dtype == "float32" else 2, 2 if cfg.residual == "bfloat16" else 4
+    if cfg.parallel == "fsdp" and gpus > 1:
+        gathered = 4 * (cfg.vocab_size + 2) * cfg.n_embd + 2 * 4 * block_size(cfg)
+        state = (12 / gpus + (4 if accum > 1 else 4 / gpus)) * P + gathered
+    else:
+        state = (16 + (number if number < 4 else 0)) * P
+    block = (2 * residual + 16 * number) * cfg.n_embd
+    kept = cfg.n_layer * residual * cfg.n_embd + block if cfg.activation_checkpointing else cfg.n_layer * block
+    return state + micro_batch * cfg.block_size * (kept + number * cfg.vocab_size)
+
+
+def block_size(cfg: Config) -> int:
+    """Parameters of a block."""
+    return 12 * cfg.n_embd**2 + 13 * cfg.n_embd
+
+
+def block_share(cfg: Config) -> float:
+    """The part of a pass's FLOPs that is the blocks', without the head."""
+    return 1 - 6 * cfg.vocab_size * cfg.n_embd / cfg.flops_per_token
 
 
 def n_nodes(gpus: int, machine: Machine) -> int:
@@ -234,7 +298,10 @@ def hours_from(cfg: Config, step: int, gpus: int) -> float | None:
 
 def summary(runs: list[tuple[Config, int]]) -> str:
     """What `runs` (with the step each is at) take together on 1, 2 and 8 GPUs, and at which rate and price, in two lines."""
-    sources = dict.fromkeys(describe(machine_for(cfg)) for cfg, _ in runs)
+    machines = [machine_for(cfg) for cfg, _ in runs]
+    sources = [
+        describe([m for m in machines if m.measured_on == name]) for name in dict.fromkeys(m.measured_on for m in machines)
+    ]
     parts = []
     for gpus in (1, 2, 8):
         hours = [hours for cfg, step in runs if (hours := hours_from(cfg, step, gpus)) is not None]
@@ -245,23 +312,30 @@ def summary(runs: list[tuple[Config, int]]) -> str:
     return f"  at {', '.join(sources)}, and ${Machine.dollars:.2f} per GPU-hour\n  {'; '.join(parts)}"
 
 
-def describe(machine: Machine) -> str:
-    """Where the rate comes from, in words."""
-    rate = f"{machine.flops / 1e12:.0f} TFLOP/s per GPU"
-    if machine.measured_on:
-        return f"{rate}, measured on {machine.measured_on}"
-    return f"{rate}, assumed ({100 * machine.flops / H100_FLOPS:.0f} % of an H100's {H100_FLOPS / 1e12})"
+def describe(machines: Sequence[Machine]) -> str:
+    """Where the rates of machines with the same `measured_on` come from, in words."""
+    rates, device = sorted({round(machine.flops / 1e12) for machine in machines}), machines[0].measured_on
+    rate = f"{' to '.join(map(str, dict.fromkeys((rates[0], rates[-1]))))} TFLOP/s per GPU"
+    if device:
+        return f"{rate}, measured on {device}"
+    return f"{rate}, assumed ({100 * machines[0].flops / H100_FLOPS:.0f} % of an H100's {H100_FLOPS / 1e12})"
 
 
 def render(predictions: list[Prediction]) -> str:
     """A Markdown table, a row per number of GPUs."""
     lines = [
         "| GPUs | nodes | micro-batch × accumulation | compute | exchange | not hidden | optimizer | step | tokens/s "
-        "| efficiency | hours | cost |",
-        "|" + "---:|" * 12,
+        "| efficiency | memory | hours | cost |",
+        "|" + "---:|" * 13,
     ]
     for p in predictions:
         times = [f"{1e3 * t:.2f}" for t in (p.compute, p.exchange, p.exposed, p.optimizer, p.step)]
-        run = [f"{p.tokens_per_second / 1e6:.2f}M", f"{p.efficiency:.1%}", f"{p.hours:.2f}", f"${p.dollars:,.1f}"]
+        run = [
+            f"{p.tokens_per_second / 1e6:.2f}M",
+            f"{p.efficiency:.1%}",
+            f"{p.memory / 1e9:.1f} GB",
+            f"{p.hours:.2f}",
+            f"${p.dollars:,.1f}",
+        ]
         lines.append(f"| {' | '.join([str(p.gpus), str(p.nodes), f'{p.micro_batch} × {p.grad_accum}', *times, *run])} |")
     return "\n".join(lines) + "\n"

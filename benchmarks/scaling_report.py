@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overlap_speed
-from benchmarks.scaling import Machine, describe, hours_from, machine_for, predict, render
+from benchmarks.scaling import MEASURED, Machine, describe, hours_from, machine_for, memory, predict, render
 from config import Config, load_config
 from system.files import write_blocks
 
@@ -29,7 +29,7 @@ def render_steps() -> str:
     for size in ("small", "tiny"):
         cfg = config(size)
         table = render([predict(cfg, gpus) for gpus in GPUS])
-        parts.append(f"GPT-{size.capitalize()}, {describe(machine_for(cfg))}:\n\n{table}")
+        parts.append(f"GPT-{size.capitalize()}, {describe([machine_for(cfg)])}:\n\n{table}")
     return "\n".join(parts)
 
 
@@ -42,6 +42,18 @@ def render_table1() -> str:
         cells = [f"{hours[size][0]:.2f} h" for size in hours] + [f"{total:.1f} h", f"{gpus * total:.1f}"]
         lines.append(f"| {gpus} | {' | '.join(cells)} | ${gpus * total * Machine.dollars:,.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def render_memory() -> str:
+    """A row per candidate that was measured on a GPU: the model's bytes beside the allocator's."""
+    report = json.loads(MEASURED.read_text())
+    lines = ["| on one GPU | predicted | measured | predicted ÷ measured |", "|---|---:|---:|---:|"]
+    for row in report["stages"]["speed"]["results"]:
+        cfg = Config(**row["config"])
+        predicted, found = memory(cfg, 1, cfg.micro_batch, 2), row["peak_memory_bytes"]
+        name = f"{row['candidate']}: {cfg.n_layer} layers of {cfg.n_embd}, {cfg.micro_batch} × {cfg.block_size}"
+        lines.append(f"| {name} | {predicted / 1e9:.1f} GB | {found / 1e9:.1f} GB | {predicted / found:.2f} |")
+    return "\n".join(lines) + f"\n\nMeasured by torch's allocator at commit {report['git'][:7]}, {report['device']}.\n"
 
 
 def render_overlap(report: dict[str, Any]) -> str:
@@ -61,7 +73,7 @@ def render_overlap(report: dict[str, Any]) -> str:
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
     report = json.loads((ROOT / "results/overlap-cpu.json").read_text())
-    return {"steps": render_steps(), "table1": render_table1(), "overlap": render_overlap(report)}
+    return {"steps": render_steps(), "table1": render_table1(), "memory": render_memory(), "overlap": render_overlap(report)}
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python bench.py scaling config/small.toml config/carope.toml --gpus 1 2 8 --dollars 3
 
-Times are in milliseconds a step; docs/scaling.md has the formulas, and says what is assumed. The rate is that of
-results/gpu-bench.json where it has the configuration, else 40 % of an H100's peak, unless --tflops says another.
+Times are in milliseconds a step, memory is that of a GPU; docs/scaling.md has the formulas, and says what is assumed. The rate
+is that of results/gpu-bench.json where it has the configuration, else 40 % of an H100's peak, unless --tflops says another.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     if args.tflops:
         machine = replace(machine, flops=args.tflops * 1e12, measured_on="")
     predictions = [predict(cfg, gpus, machine) for gpus in args.gpus]
-    print(f"{cfg.name}: {describe(machine)}\n\n{render(predictions)}")
+    print(f"{cfg.name}: {describe([machine])}\n\n{render(predictions)}")
     derived = ("step", "tokens_per_second", "efficiency", "hours", "dollars")
     rows = [asdict(p) | {name: getattr(p, name) for name in derived} for p in predictions]
     return {"config": cfg.model_dump(), "machine": asdict(machine), "predictions": rows}

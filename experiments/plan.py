@@ -8,13 +8,13 @@ from pathlib import Path
 from benchmarks.scaling import hours_from, summary
 from config import Config, load_config
 from data import TokenStream
+from distributed import pick_device
 from evaluation.results import Question
 from system.errors import UserError
 from training.checkpoint import newest_checkpoint
 from training.run import check_same, read_log
 
 ROOT = Path(__file__).parent.parent
-H100S = 2  # the paper's, for the hours of runs whose speed nobody measured yet
 
 
 @dataclass(frozen=True)
@@ -72,32 +72,47 @@ def measured_rate(entry: Entry) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def hours_left(entries: list[Entry]) -> list[tuple[float | None, bool]]:
+def gpus_for(entries: list[Entry], nproc: int) -> int:
+    """On how many GPUs `nproc` processes (0: one) would train; with no GPU here, as many as are asked for elsewhere."""
+    devices = {entry.cfg.device for entry in entries}
+    if all(pick_device(device).type == "cuda" for device in devices):
+        return max(1, nproc)
+    return nproc if devices == {"auto"} else 0
+
+
+def hours_left(entries: list[Entry], gpus: int) -> list[tuple[float | None, bool]]:
     """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size.
 
-    Where there is none, they are those that benchmarks/scaling.py predicts; None where it cannot.
+    Where there is none, they are those that benchmarks/scaling.py predicts for `gpus`; None where it cannot, as for a CPU.
     """
     rates = [measured_rate(entry) for entry in entries]
     hours: list[tuple[float | None, bool]] = []
     for entry, rate in zip(entries, rates, strict=True):
         same_size = [r for e, r in zip(entries, rates, strict=True) if r and e.size == entry.size]
         rate = rate or (statistics.median(same_size) if same_size else None)
-        hours.append((entry.tokens_left / rate / 3600, True) if rate else (hours_from(entry.cfg, entry.step, H100S), False))
+        predicted = hours_from(entry.cfg, entry.step, gpus) if gpus and not rate else None
+        hours.append((entry.tokens_left / rate / 3600, True) if rate else (predicted, False))
     return hours
 
 
-def show_plan(entries: list[Entry]) -> None:
-    """Print what is there and what is left."""
+def show_plan(entries: list[Entry], nproc: int = 0) -> None:
+    """Print what is there and what is left for `nproc` processes."""
     width = max(24, *(len(entry.cfg.name) + 2 for entry in entries))
     print(f"{'run':{width}}{'status':>16}{'tokens left':>18}{'hours':>10}")
-    hours = hours_left(entries)
+    gpus = gpus_for(entries, nproc)
+    hours = hours_left(entries, gpus)
     for entry, (time, measured) in zip(entries, hours, strict=True):
         shown = "–" if time is None else f"{time:.1f}"
         print(f"{entry.cfg.name:{width}}{entry.status:>16}{entry.tokens_left:>18,}{shown:>9}{' ' if measured else '*'}")
-    total = sum(time or 0 for time, _ in hours)
-    print(f"{'together':{width}}{'':16}{sum(e.tokens_left for e in entries):>18,}{total:>9.1f}")
+    total = "–" if any(time is None for time, _ in hours) else f"{sum(time or 0 for time, _ in hours):.1f}"
+    print(f"{'together':{width}}{'':16}{sum(e.tokens_left for e in entries):>18,}{total:>9}")
     if guessed := [(e.cfg, e.step) for e, (_, measured) in zip(entries, hours, strict=True) if not measured]:
-        print(f"* predicted for {H100S} GPUs (docs/scaling.md); the speed of this machine is known after the first steps")
+        if gpus:
+            print(
+                f"* predicted for {gpus} GPU{'s' if gpus > 1 else ''}; the speed of this machine is known after the first steps"
+            )
+        else:
+            print("* known after the first steps here; predicted for GPUs (docs/scaling.md):")
         print(summary(guessed))
     for conflict in filter(None, (entry.conflict for entry in entries)):
         print(conflict)

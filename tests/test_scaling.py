@@ -23,12 +23,13 @@ from benchmarks.scaling import (
     evaluation,
     hours_from,
     machine_for,
+    memory,
     n_params,
     predict,
     split,
     summary,
 )
-from config import load_config
+from config import Config, load_config
 from model import GPT
 from positional import ENCODINGS
 from system.errors import UserError
@@ -75,6 +76,54 @@ def test_what_backward_cannot_hide_is_the_last_bucket_and_the_excess():
     assert fast.exposed == pytest.approx(1.75 * last / 1e11) and fast.exchange > fast.exposed
     backward = slow.compute / 4 * 2 / 3  # of the last of four micro-steps
     assert slow.exposed == pytest.approx(1.75 * (sum(early) + last) / 1e8 - backward)
+
+
+def test_fsdp_by_hand():
+    """Of two blocks: what is sent, and what is not hidden on links so slow that nothing hides it and so fast that all does."""
+    words = [
+        "--n_layer=2",
+        "--n_embd=64",
+        "--n_head=1",
+        "--vocab_size=1000",
+        "--micro_batch=2",
+        "--block_size=8",
+        "--parallel=fsdp",
+    ]
+    cfg = load_config([*words, "--tokens_per_step=192"])  # three micro-steps on each of four GPUs
+    rest, block = 4 * (1002 * 64), 4 * (12 * 64**2 + 13 * 64)
+    assert rest + 2 * block == 4 * n_params(cfg)
+    slow, fast = (predict(cfg, 4, replace(ROUND, nvlink=rate, flops=1e20 if rate < 1e9 else 1e12)) for rate in (1e6, 1e15))
+    assert slow.exchanged == pytest.approx(3 / 4 * (3 * (rest + 2 * 2 * block) + rest + 2 * block))
+    assert slow.exchange == pytest.approx(slow.exchanged / 1e6) and slow.exposed == pytest.approx(slow.exchange)
+    unhidden = 3 * (rest + 2 * block) + block + rest
+    assert fast.exposed == pytest.approx(3 / 4 * unhidden / 1e15) and fast.exposed < fast.exchange
+    assert fast.optimizer == pytest.approx(ADAMW_BYTES * n_params(cfg) / 4 / 1e12) and predict(cfg, 1, ROUND).exposed == 0
+    assert predict(cfg, 4, replace(ROUND, nvlink=math.inf)).efficiency == 1
+
+
+def test_recomputation_takes_the_blocks_forward_pass_once_more_and_keeps_their_inputs():
+    again = SMALL.model_copy(update={"activation_checkpointing": True})
+    blocks = 2 * (12 * 12 * 768**2) + 4 * 12 * 768 * 512  # FLOPs of a token, forward
+    more = predict(again, 1, ROUND).compute - predict(SMALL, 1, ROUND).compute
+    assert more == pytest.approx(524_288 * blocks / 1e14)
+    saved = predict(SMALL, 1, ROUND).memory - predict(again, 1, ROUND).memory
+    assert saved == pytest.approx(32 * 512 * 768 * (12 * 40 - 12 * 4 - 40))
+
+
+def test_memory_is_near_what_a_gpu_took():
+    rows = json.loads((ROOT / "results/gpu-bench.json").read_text())["stages"]["speed"]["results"]
+    configs = [Config(**row["config"]) for row in rows]
+    ratios = [memory(cfg, 1, cfg.micro_batch, 2) / row["peak_memory_bytes"] for cfg, row in zip(configs, rows, strict=True)]
+    assert len(ratios) > 5 and min(ratios) > 0.9 and max(ratios) < 1.2
+
+
+def test_memory_of_a_share():
+    cfg = SMALL.model_copy(update={"parallel": "fsdp"})
+    P, rest, block = n_params(SMALL), 4 * 50306 * 768, 4 * (12 * 768**2 + 13 * 768)
+    tokens = 32 * 512 * (12 * 40 * 768 + 2 * 50304)
+    assert predict(cfg, 8, ROUND).memory == pytest.approx(12 * P / 8 + 4 * P + rest + 2 * block + tokens)  # four micro-steps
+    assert predict(cfg, 32, ROUND).memory == pytest.approx(16 * P / 32 + rest + 2 * block + tokens)  # one
+    assert predict(cfg, 1, ROUND).memory == predict(SMALL, 8, ROUND).memory == pytest.approx(18 * P + tokens)
 
 
 @pytest.mark.parametrize("gpus", GPUS)
