@@ -5,12 +5,17 @@ transformers follows relative imports of files in one folder only, so `positiona
 """
 
 import ast
+import hashlib
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OURS = ("model", "positional", "kernels", "huggingface")
 START = "huggingface.modeling_carope"
+CONFIGURATION = "huggingface.configuration_carope"
+ALL_FILES = """
+if False:  # never: transformers 4 takes along the files that this one names, not what those need
+"""
 IMPORT = re.compile(rf"^([ \t]*from )((?:{'|'.join(OURS)})(?:\.\w+)*)(?= import)", re.MULTILINE)
 # The files that are no copies: without Triton, which transformers would want installed, and without C++
 REPLACED = {
@@ -52,6 +57,12 @@ def bundle() -> dict[str, str]:
         text = REPLACED.get(module) or source(module)
         texts[flat(module)] = IMPORT.sub(lambda found: f"{found[1]}.{flat(found[2])}", text)
         waiting += needs(text)
+    others = sorted(texts.keys() - {flat(START)})
+    texts[flat(START)] += ALL_FILES + "".join(f"    from .{name} import __name__\n" for name in others)
+    code = hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()
+    texts[flat(CONFIGURATION)] += (
+        f'\nCODE = "{code}"  # of all files here: transformers takes a class for another\'s if this file is\n'
+    )
     return {f"{name}.py": text for name, text in sorted(texts.items())}
 
 

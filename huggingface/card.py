@@ -31,7 +31,7 @@ GPT-2 with the positional encoding `{cfg.encoding}`, {n_params:,} parameters, af
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{code})
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{code})
 ```
 

@@ -37,6 +37,12 @@ class Past:
         held.kv = {layer: (k[beam_idx], v[beam_idx]) for layer, (k, v) in held.kv.items()}
         held.coords = {layer: c if c.size(0) == 1 else c[beam_idx] for layer, c in held.coords.items()}
 
+    def crop(self, *_: Any) -> None:
+        """Raise ValueError: of a running sum only the last value is kept, so no token can be taken back."""
+        raise ValueError("assisted decoding takes tokens back, which this cache cannot; leave out its options")
+
+    activate_past_recording = crop  # how it begins in transformers 5
+
 
 class CARoPEForCausalLM(PreTrainedModel, GenerationMixin):
     """GPT of model.py; its parameters are named `transformer.…`, and the head is the embedding matrix."""
@@ -45,6 +51,8 @@ class CARoPEForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "transformer"
     # An encoding computes in fp32 whatever the type of the rest, as in training
     _keep_in_fp32_modules_strict = ("wpe",)  # type: ignore[assignment]
+    _no_split_modules = ("GPT",)  # type: ignore[assignment]  # parts of it read others' weights
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: CARoPEConfig) -> None:
         super().__init__(config)
@@ -54,8 +62,40 @@ class CARoPEForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: GPT sets its weights itself, by its own table."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`half`, `bfloat16` or `to` of everything but the encodings: at a rounded f, phases go wrong with each token."""
+        kept = [(p, p.detach()) for encoding in self.transformer.encodings for p in encoding.parameters()]
+        super()._apply(fn, recurse)
+        for p, whole in kept:
+            if p.dtype.itemsize < whole.dtype.itemsize:
+                p.data = whole.to(p.device)
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.transformer.wte = value  # the head, too
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; the options that the model is built from follow."""
+        found = super().resize_token_embeddings(*args, **kwargs)
+        self.config.gpt["vocab_size"] = self.transformer.cfg.vocab_size = self.transformer.wte.num_embeddings
+        return found
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.transformer.cfg.activation_checkpointing
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Keep only each block's input for the backward pass. Raises ValueError for torch's re-entrant way of it."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant: this model checkpoints without; leave it out")
+        self.transformer.cfg.activation_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.transformer.cfg.activation_checkpointing = False
 
     # Divides the loss by num_items_in_batch itself, so that Trainer does not multiply it by its accumulation steps
     accepts_loss_kwargs = True
@@ -87,6 +127,10 @@ class CARoPEForCausalLM(PreTrainedModel, GenerationMixin):
         refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions or None)
         if input_ids is None:
             raise ValueError("input_ids: missing")
+        if any(p.is_meta for p in self.transformer.parameters()):
+            raise ValueError(
+                "device_map: offloads a part of this model, and others read its weights; put all of it on one device"
+            )
         check_mask(attention_mask)
         past = past_of(past_key_values)
         if past is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):

@@ -29,8 +29,8 @@ def prefixed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_neox(weights: dict[str, Tensor], n_head: int) -> dict[str, Tensor]:
-    """Weights of RoPE's model as GPTNeoXForCausalLM names and lays them out; the head is tied and not among them."""
-    found = {}
+    """Weights of RoPE's model as GPTNeoXForCausalLM names and lays them out; llama.cpp wants the tied head, too."""
+    found = {"embed_out.weight": weights["wte.weight"].clone()}
     for name, p in weights.items():
         if ".c_attn." in name:
             p = p.view(3, n_head, -1, *p.shape[1:]).transpose(0, 1).reshape(p.shape).contiguous()
@@ -46,6 +46,7 @@ def gpt2_config(cfg: Config, n_vocab: int) -> dict[str, Any]:
     """config.json of a model with learned positions."""
     return {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": n_vocab, "n_positions": cfg.block_size,
+        "n_ctx": cfg.block_size,  # by which llama.cpp knows it
         "n_embd": cfg.n_embd, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
@@ -57,9 +58,8 @@ def neox_config(cfg: Config, n_vocab: int) -> dict[str, Any]:
         "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": n_vocab, "hidden_size": cfg.n_embd,
         "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head, "intermediate_size": 4 * cfg.n_embd,
         "hidden_act": "gelu_new", "max_position_embeddings": cfg.block_size, "rotary_pct": 1.0,
-        "rotary_emb_base": cfg.rope_base, "layer_norm_eps": 1e-5, "use_parallel_residual": False, "attention_bias": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
+        "rotary_emb_base": cfg.rope_base, "rope_theta": cfg.rope_base, "layer_norm_eps": 1e-5,
+        "use_parallel_residual": False, "attention_bias": True, "attention_dropout": 0.0, "hidden_dropout": 0.0,
     }  # fmt: skip
 
 

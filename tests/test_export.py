@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import sys
+import tomllib
 
 import pytest
 import torch
 from conftest import ROOT, keep_remote_code, run_command
+from safetensors.torch import load_file
 from test_positional import build
 
-from huggingface.bundle import bundle, needs
+from huggingface.bundle import REPLACED, bundle, needs
 from huggingface.export import export
 from positional import ENCODINGS
 from system.errors import UserError
@@ -185,6 +188,83 @@ def test_in_bf16_the_encoding_stays_in_fp32(transformers, tmp_path, encoding):
         torch.testing.assert_close(theirs(idx).logits.float(), ours(idx)[..., :257], atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("narrow", [torch.nn.Module.half, torch.nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
+def test_an_encoding_stays_in_fp32_whoever_narrows_the_model(exported, narrow):
+    """W in bf16 would turn the last of 512 tokens by a wrong angle."""
+    idx = torch.randint(0, 257, (1, 512), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        exported.transformer.wpe.W.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(5))
+        whole, wpe = exported(idx).logits, exported.transformer.wpe.W.weight.clone()
+        narrow(exported)
+        assert torch.equal(exported.transformer.wpe.W.weight, wpe) and exported.transformer.wte.weight.dtype.itemsize == 2
+        assert (exported(idx).logits.float() - whole).abs().max() < 0.1
+
+
+def test_more_ids_may_be_added(transformers, exported, tmp_path):
+    before = exported(IDS).logits
+    exported.resize_token_embeddings(300, mean_resizing=False)
+    after = exported(IDS).logits
+    assert after.shape[-1] == 300 and torch.equal(after[..., :257], before)
+    exported.save_pretrained(tmp_path / "more")
+    for name, text in bundle().items():
+        (tmp_path / "more" / name).write_text(text)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "more", trust_remote_code=True).eval()
+    assert again.config.vocab_size == 300 and torch.equal(again(IDS).logits, after)
+
+
+def test_gradient_checkpointing_changes_no_gradient(exported):
+    grads = []
+    for name in ("disable", "enable"):
+        getattr(exported.train(), f"gradient_checkpointing_{name}")()
+        assert exported.is_gradient_checkpointing is (name == "enable")
+        exported.zero_grad()
+        exported(IDS, labels=IDS).loss.backward()
+        grads.append([p.grad for p in exported.parameters()])
+    assert all(map(torch.equal, *grads))
+    with pytest.raises(ValueError, match="use_reentrant"):
+        exported.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_what_generate_or_accelerate_cannot_do_with_it_is_refused(transformers, exported, tmp_path):
+    pytest.importorskip("accelerate", reason="pip install -r requirements-eval.txt")
+    with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
+        exported.generate(IDS[:1, :8], prompt_lookup_num_tokens=2, max_new_tokens=4, do_sample=False)
+    parts = {"transformer.wte": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "transformer.wpe": "cpu"}
+    options = {"trust_remote_code": True, "device_map": parts, "offload_folder": tmp_path / "off"}
+    offloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="device_map: offloads a part of this model"):
+        offloaded(IDS)
+
+
+def test_two_exports_of_one_name_run_each_its_own_code(transformers, tmp_path, monkeypatch):
+    saved(tmp_path / "run", "carope")
+    export(tmp_path / "run", tmp_path / "one/m")
+    monkeypatch.setitem(REPLACED, "kernels.native", REPLACED["kernels.native"] + "\n\nMARK = 2\n")
+    export(tmp_path / "run", tmp_path / "two/m")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    modules = [type(load(tmp_path / name, trust_remote_code=True)).__module__ for name in ("one/m", "two/m")]
+    natives = [sys.modules[name.replace("modeling_carope", "kernels_native")] for name in modules]
+    assert [getattr(native, "MARK", 1) for native in natives] == [1, 2]
+
+
+def test_an_export_beside_the_code_is_not_checked_with_it():
+    """`make test` with one under runs/ or exported/, where the docs have them: mypy would find each module twice."""
+    ignored = (ROOT / ".gitignore").read_text().split()  # what ruff passes over
+    exclude = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["exclude"]
+    for folder in ("runs", "exported"):
+        assert f"/{folder}/" in ignored and any(re.search(pattern, f"{folder}/x/model.py") for pattern in exclude)
+
+
+def test_llama_cpp_finds_what_it_asks_for(tmp_path):
+    """Keys of its converter: a context length, a head of its own, which is the embedding."""
+    for encoding, key in (("learned", "n_ctx"), ("rope", "max_position_embeddings")):
+        saved(tmp_path / encoding, encoding)
+        export(tmp_path / encoding, tmp_path / f"{encoding}-hf")
+        assert json.loads((tmp_path / f"{encoding}-hf/config.json").read_text())[key] == 32
+    weights = load_file(tmp_path / "rope-hf/model.safetensors")
+    assert torch.equal(weights["embed_out.weight"], weights["gpt_neox.embed_in.weight"])
+
+
 @pytest.mark.parametrize(("name", "vocab"), [("bytes", 320), ("gpt2", 50304)])
 def test_the_tokenizer_gives_our_ids(transformers, tmp_path, name, vocab):
     saved(tmp_path / "run", "carope", name, vocab)
@@ -197,7 +277,6 @@ def test_the_tokenizer_gives_our_ids(transformers, tmp_path, name, vocab):
 
 def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers_only():
     import ast
-    import sys
 
     files = bundle()
     for name, text in files.items():
@@ -208,6 +287,8 @@ def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers
         assert needs(text) == []
         relative = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level}
         assert {f"{module}.py" for module in relative} <= files.keys()
+    named = re.findall(r"from \.(\w+) import", files["modeling_carope.py"])
+    assert {f"{name}.py" for name in named} | {"modeling_carope.py"} == files.keys()  # transformers 4 follows no further
     assert {"modeling_carope.py", "configuration_carope.py", "model.py", "positional.py", "kernels_bias.py"} <= files.keys()
     ours = (ROOT / "positional/carope.py").read_text()
     assert files["positional_carope.py"] == re.sub(r"^from positional\.", "from .positional_", ours, flags=re.MULTILINE)
