@@ -57,6 +57,16 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_start(run, words, what):
     assert again.returncode == 0 and "finished at step 8 already" in again.stdout
 
 
+def test_a_run_of_which_no_checkpoint_is_whole_does_not_begin_anew(run, words):
+    """Its log would be cut to nothing."""
+    for path in list_checkpoints(run):
+        (path / "optimizer.safetensors").write_bytes(b"damaged")
+    before = everything(run)
+    done = run_command("train.py", *words)
+    assert done.returncode == 2 and "has checkpoints, and none of them is whole" in done.stderr
+    assert everything(run) == before
+
+
 def test_no_checkpoint_is_pruned_that_cannot_be_read(run, monkeypatch):
     for step in (2, 4, 6):
         shutil.copytree(run / NEWEST, run / f"checkpoints/step_{step:06d}")

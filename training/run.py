@@ -30,6 +30,7 @@ from training.checkpoint import (
     CheckpointWriter,
     State,
     check_space,
+    list_checkpoints,
     load_optimizer,
     load_weights,
     newest_checkpoint,
@@ -102,7 +103,12 @@ class Run:
     def _find(self) -> tuple[Path, State] | None:
         self._open_things.enter_context(locked(self.folder, LOCK_PATIENCE_S))
         self._open_things.callback(self._writer.close)
-        return newest_checkpoint(self.folder)
+        found = newest_checkpoint(self.folder)
+        if not found and list_checkpoints(self.folder):
+            raise UserError(
+                f"{self.folder}: has checkpoints, and none of them is whole; restore one, or move the folder away to begin anew"
+            )
+        return found
 
     def _load(self, found: tuple[Path, State], model: GPT, optimizer: Optimizer) -> None:
         path, state = found
