@@ -304,9 +304,11 @@ REPLACED = {
 
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
-    lab, interventions = (json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("lab", "intervene"))
+    lab, again, interventions = (
+        json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("lab", "lab-again", "intervene")
+    )
     gpu = render_documents(load(ROOT / "results/lab-gpu.npz"))
-    return {"lab": render(lab), "intervene": render_interventions(interventions), "lab-gpu": gpu}
+    return {"lab": render(lab), "lab-again": render(again), "intervene": render_interventions(interventions), "lab-gpu": gpu}
 
 
 def write_page() -> None:

@@ -68,11 +68,10 @@ class CoPE(PositionalEncoding):
 class URPE(PositionalEncoding):
     """Universal relative positional encoding (Luo et al., 2205.13401, section 4): softmax(q_i·k_j / √D) ∘ C, C_ij = c_{i−j}.
 
-    C is a learned Toeplitz matrix of each head, the same in all layers (as in the authors' code, which also has distances share
-    entries), all ones at first; its rows need not add up to 1, so that even where all tokens are alike, attention can say where
-    one stands. The paper applies C to the softmax of any relative encoding's
-    logits; here those are NoPE's, so that C is the only position there is. Kept is C's difference from 1, so that
-    weight decay pulls toward plain attention and not toward none.
+    C is a learned Toeplitz matrix of each head, the same in all layers (as in the authors' code, where distances share entries,
+    too), all ones at first; its rows need not add up to 1, so that even where all tokens are alike, attention can say where one
+    stands. The paper applies C to the softmax of any relative encoding's logits; here those are NoPE's, so that C is the only
+    position there is. Kept is C's difference from 1, so that weight decay pulls toward plain attention and not toward none.
     """
 
     beyond = "every distance of block_size or more has the factor of the longest distance trained, block_size - 1"

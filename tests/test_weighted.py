@@ -1,11 +1,18 @@
 """CoPE, URPE and PaTH against their formulas, position by position in float64 NumPy."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from test_export import saved
 from test_positional import build
 
+from config import Config
 from positional.path import transformed_logits
+from system.errors import UserError
+from training.checkpoint import load_model, sealed
+from training.run import check_same
 
 D = 16  # of `build`'s two heads
 N = 9
@@ -55,6 +62,21 @@ def test_cope_equals_the_formula_in_numpy(T, divide):
             np.testing.assert_allclose(ours[h, t, : i + 1], softmax(logits), atol=1e-6)
             assert (ours[h, t, i + 1 :] == 0).all()
     assert clamped
+
+
+@pytest.mark.parametrize(("encoding", "option"), [("cope", "cope_divide"), ("path", "path_silu")])
+def test_a_checkpoint_from_before_an_option_stays_what_it_was(tmp_path, encoding, option):
+    """It computes as it did, and goes on so only where it is told to."""
+    saved(tmp_path / "run", encoding)
+    (path,) = tmp_path.glob("run/checkpoints/*/state.json")
+    state = json.loads(path.read_text())
+    assert load_model(tmp_path / "run")[1].config[option] is True
+    del state["config"][option]
+    path.write_text(sealed(state))
+    _, old, _ = load_model(tmp_path / "run")
+    assert old.config[option] is False
+    with pytest.raises(UserError, match=rf"{option} = False \(now True\)"):
+        check_same(old, Config(**state["config"]), {})
 
 
 def test_the_gates_of_cope_learn_through_its_positions():

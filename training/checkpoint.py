@@ -41,6 +41,9 @@ class Unreadable(UserError):
     """What is there cannot be read, so nobody knows whether it is whole: it is not passed over, and nothing takes its place."""
 
 
+EARLIER = {"cope_divide": False, "path_silu": False}  # what was computed before there were these options
+
+
 class State(BaseModel):
     """state.json: where the run was, on what data, under which configuration. Raises pydantic.ValidationError."""
 
@@ -60,6 +63,11 @@ class State(BaseModel):
     source: str | None = None  # of the encoding, training.provenance.source_of
     dtype: Literal["bfloat16", "float32"] | None = None  # autocast type of this start
     sha256: dict[str, str] = {}
+
+    @pydantic.field_validator("config")
+    @classmethod
+    def _as_it_was(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return EARLIER | config
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "State":
