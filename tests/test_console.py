@@ -77,6 +77,7 @@ def test_a_device_or_a_folder_is_not_replaced_by_a_file(other, runs, tmp_path):
     assert done.returncode == 2 and "give the name of a file" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_end_is_one_line(runs, tmp_path):
     """As where a file may have no more than 100 bytes."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); import signal, runpy, sys; "

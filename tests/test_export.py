@@ -316,6 +316,7 @@ print(torch.equal(base.in_memory(x), x), *key_bias.key_bias_gradient(x, x, x, x,
 """
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_code_has_operators_of_its_own():
     """To define an operator anew frees what the first copy calls: a worker of these tests died of it."""
     done = run_command("-c", BESIDE)

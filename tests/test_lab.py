@@ -125,6 +125,7 @@ def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp
     assert len(json.loads((tmp_path / "lab.json").read_text())["runs"]) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words, tmp_path):
     words[words.index("rope") : words.index("learned") + 1] = ["learned", "nope", "rope"]
     (tmp_path / "lab-nope-s2").mkdir(parents=True)

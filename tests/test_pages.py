@@ -123,7 +123,13 @@ def run_line(monkeypatch, capfd, line: str) -> None:
         call(monkeypatch, capfd, *words, *more)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        page if page in ("README.md", "docs/your-text.md") else pytest.param(page, marks=pytest.mark.slow)  # read first
+        for page in PAGES
+    ],
+)
 def test_every_block_runs(page, inside, monkeypatch, capfd):
     run_page(page, monkeypatch, capfd)
 

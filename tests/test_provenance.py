@@ -46,6 +46,7 @@ def copy(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_another_projects_commit_is_not_ours(copy):
     around = commit_all(copy.parent)
     assert asked(copy) == "None"

@@ -83,6 +83,7 @@ def test_under_nohup_a_terminal_that_closes_changes_nothing(words, tmp_path):
     assert child.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_preparation_and_a_table_go_on(corpus, words, tmp_path):
     sizes = ["--val_tokens", 20_000, "--shard_tokens", 50_000, "--limit_tokens", 150_000]
     demo = ["--source", "demo", "--tokenizer", "bytes", "--out", tmp_path / "data", *sizes]

@@ -97,7 +97,8 @@ def test_a_disk_that_fails_is_no_damage(run, monkeypatch, error):
     assert issubclass(Unreadable, UserError)
 
 
-@pytest.mark.parametrize("umask", [0o002, pytest.param(0o077, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o002, 0o077])
 def test_modes_follow_the_umask(small, tmp_path, umask):
     words = [*small, "--encoding=rope", "--name=r", "--steps=2", "--save_every=1"]
     for command in (["train.py", *words], ["export_hf.py", tmp_path / "r", tmp_path / "exported"]):

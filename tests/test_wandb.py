@@ -76,6 +76,7 @@ def evaluate(folder, json_file, *words, **kwargs):
     return json.loads(json_file.read_text())
 
 
+@pytest.mark.slow
 def test_online_a_run_goes_on_under_its_id_and_gets_its_perplexities(small, tmp_path):
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path)
