@@ -132,7 +132,7 @@ def fsdp(cfg: Config, gpus: int, machine: Machine, forward: float, again: float,
     block is gathered while the one before it computes. The rest of the model (embedding, head), the first block of each pass
     and the last gradients have nothing to hide behind.
     """
-    rest, block = 4 * (cfg.vocab_size + 2) * cfg.n_embd, 4 * block_size(cfg)
+    rest, block = (4 * size for size in parts(cfg))
     one_way = {size: all_reduce(size, gpus, machine) / 2 for size in (rest, block)}  # a gathering, or a scattering
     compute = block_share(cfg) * forward / cfg.n_layer
     backward = 2 * compute + again / cfg.n_layer
@@ -158,18 +158,19 @@ def memory(cfg: Config, gpus: int, micro_batch: int, accum: int) -> float:
     """
     P, number, residual = n_params(cfg), 4 if cfg.dtype == "float32" else 2, 2 if cfg.residual == "bfloat16" else 4
     if cfg.parallel == "fsdp" and gpus > 1:
-        gathered = 4 * (cfg.vocab_size + 2) * cfg.n_embd + 2 * 4 * block_size(cfg)
-        state = (12 / gpus + (4 if accum > 1 else 4 / gpus)) * P + gathered
+        rest, block = parts(cfg)
+        state = (12 / gpus + (4 if accum > 1 else 4 / gpus)) * P + 4 * (rest + 2 * block)
     else:
-        state = (16 + (number if number < 4 else 0)) * P
-    block = (2 * residual + 16 * number) * cfg.n_embd
-    kept = cfg.n_layer * residual * cfg.n_embd + block if cfg.activation_checkpointing else cfg.n_layer * block
+        state = (18 if number == 2 else 16) * P
+    in_block = (2 * residual + 16 * number) * cfg.n_embd
+    kept = cfg.n_layer * residual * cfg.n_embd + in_block if cfg.activation_checkpointing else cfg.n_layer * in_block
     return state + micro_batch * cfg.block_size * (kept + number * cfg.vocab_size)
 
 
-def block_size(cfg: Config) -> int:
-    """Parameters of a block."""
-    return 12 * cfg.n_embd**2 + 13 * cfg.n_embd
+def parts(cfg: Config) -> tuple[int, int]:
+    """Parameters outside the blocks (embedding, which is the head, and last norm), and in each of them."""
+    rest = (cfg.vocab_size + 2) * cfg.n_embd
+    return rest, (n_params(cfg) - rest) // cfg.n_layer
 
 
 def block_share(cfg: Config) -> float:

@@ -56,7 +56,7 @@ class CARoPE(RoPE):
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         self.check_cache(last)
         step_BHTF = self.frequency(x_BTC)[..., None] ** torch.arange(self.n_pairs, device=x_BTC.device)
-        # Sums in fp32 would be off by 2e-3 radians after 1e5 tokens, and over a cache they go on for as long as one decodes
+        # Sums in fp32 would be off by 2e-3 radians after 1e5 tokens, and those of a cache grow for as long as one decodes
         phase_BHTF = step_BHTF.cumsum(-2, dtype=widest(x_BTC.device))
         return phase_BHTF if last is None else last + phase_BHTF
 

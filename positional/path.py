@@ -26,7 +26,7 @@ class PaTH(PositionalEncoding):
 
     With `path_silu` the convolution ends in a SiLU, as in the authors' library; the paper's text does not mention it. The
     forget gate of PaTH-FoX is left out. Coordinates are w, β, and the convolution's inputs of the token before and of this one,
-    (B, H, S, 3D + 1), so that decoding goes on from the last of them.
+    (B, H, S, 3D + 1), so that decoding continues from the last of them.
     """
 
     per_layer = hidden = True

@@ -58,7 +58,7 @@ def new_file(word: str) -> str:
 
 
 def new_folder(word: str) -> str:
-    """The type of an argument that is a folder to be written to, made where it is not there. Raises UserError as `new_file`."""
+    """The type of an argument that is a folder to be written to, made if need be. Raises UserError as `new_file` does."""
     found = Path(given_path(word))
     there = next(p for p in [found.absolute(), *found.absolute().parents] if p.exists())
     if not there.is_dir():

@@ -66,7 +66,7 @@ def test_cope_equals_the_formula_in_numpy(T, divide):
 
 @pytest.mark.parametrize(("encoding", "option"), [("cope", "cope_divide"), ("path", "path_silu")])
 def test_a_checkpoint_from_before_an_option_stays_what_it_was(tmp_path, encoding, option):
-    """It computes as it did, and goes on so only where it is told to."""
+    """It computes as it did, and is continued only by a command that asks for the same."""
     saved(tmp_path / "run", encoding)
     (path,) = tmp_path.glob("run/checkpoints/*/state.json")
     state = json.loads(path.read_text())
