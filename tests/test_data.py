@@ -52,6 +52,7 @@ def test_ranks_and_micro_steps_only_slice_the_range_of_the_step(tmp_path_factory
     assert all(x.shape == y.shape == (micro_batch, length) for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_more_shards_than_files_a_process_may_open(tmp_path):
     """What is read again, later, must still be the same file."""
     tokens = make_shards(tmp_path, [3] * 1100)

@@ -104,6 +104,7 @@ def test_it_goes_on_from_its_results_when_the_runs_are_gone(words, tmp_path):
     assert refused.returncode == 2 and "not a report of lab.py" in refused.stderr and out.read_text() == "[]"
 
 
+@pytest.mark.slow
 def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp_path, monkeypatch):
     """By a clock that stands still until the run of the first encoding is in its third step, and then is far ahead."""
     words.append("--log_every=1")

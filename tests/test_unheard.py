@@ -45,6 +45,7 @@ def close_all() -> None:
         os.close(number)
 
 
+@pytest.mark.slow
 def test_closed_streams_do_not_become_files_of_the_run(words, tmp_path):
     """The next file to be opened would take the number of the closed one, and with it all that is printed."""
     child = start_command("train.py", *words, "--wandb=disabled", real=True, preexec_fn=close_all)
