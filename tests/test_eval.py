@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, torchrun
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from config import load_config
@@ -62,6 +62,7 @@ class Recorder(torch.nn.Module):
 
 @given(length=st.integers(1, 70), batch=st.integers(1, 9), max_tokens=st.integers(2, 5_000), world_size=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
+@example(length=64, batch=8, max_tokens=30_000, world_size=3)  # more than there are
 def test_every_target_is_predicted_exactly_once(corpus, length, batch, max_tokens, world_size):
     stream = TokenStream(corpus, "val", 320)
     total = 0.0
