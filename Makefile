@@ -25,7 +25,7 @@ demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, fi
 	@echo "Next: $(PY) sample.py runs/demo-carope --prompt \"A module is\"      more text, other prompts"
 	@echo "      $(PY) train.py config/demo.toml config/nope.toml --steps=500  another encoding, other options (--help)"
 	@echo "      $(PY) table1.py --dry_run                                     what the paper's own table takes"
-	@echo "      $(PY) report.py runs/demo-* -o report.html                    curves, tables and samples of the runs on one page"
+	@echo "      $(PY) -m lab.report runs/demo-* -o report.html                    curves, tables and samples of the runs on one page"
 
 # One more than there are cores: tests wait for processes and disks, too
 PYTEST := $(PY) -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 5 --dist loadfile
@@ -43,7 +43,7 @@ test-all: test test-slow ## both
 
 lab: $(VENV)/.installed ## every encoding with three seeds on this CPU, hours that may be interrupted: runs/lab.md
 	$(PY) prepare_fineweb.py --source demo --tokenizer bytes --out data/demo
-	$(PY) lab.py --jobs $(LAB_JOBS) $(LAB_ARGS)
+	$(PY) -m lab.sweep --jobs $(LAB_JOBS) $(LAB_ARGS)
 
 faults: $(VENV)/.installed-dev ## every fault of docs/reliability.md injected: a table, and results/faults.json
 	$(PY) -m pytest tests/faults -m "not soak" --faults results/faults.json
@@ -54,10 +54,10 @@ soak: $(VENV)/.installed-dev ## 25 random kills each of training, preparation an
 	$(PY) tests/fault_report.py
 
 gpu: ## everything that needs a GPU, in ten minutes; results in OUT; runs GPU_PY, a python3 with torch (docs/performance.md)
-	$(GPU_PY) -m benchmarks.gpu --out $(OUT) $(GPU_ARGS)
+	$(GPU_PY) -m lab.bench.gpu --out $(OUT) $(GPU_ARGS)
 
 lab-gpu: ## the laboratory alone: a small GPT with many encodings; run it again to continue
-	$(GPU_PY) -m benchmarks.gpu --out $(OUT) --only lab $(GPU_ARGS)
+	$(GPU_PY) -m lab.bench.gpu --out $(OUT) --only lab $(GPU_ARGS)
 
 clean-demo: ## forget the demo's data and runs
 	rm -rf data/demo runs/demo-* runs/table1.*

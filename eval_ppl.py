@@ -14,8 +14,10 @@ after each other and only the last S tokens of each count, of the first all: the
 
 With --documents N every document of at least N tokens is evaluated by itself: its windows begin with the end-of-text token
 that opens it, and no token is predicted from another document. Again all its tokens count, at every length. --losses keeps
-the loss of each document, with or without --documents (the format: evaluation/documents.py).
+the loss of each document, with or without --documents (the format: core/documents.py).
 """
+
+import core.host  # noqa: F401  isort: skip  before torch, which reads what it sets
 
 import argparse
 import math
@@ -25,8 +27,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine, given_path, help_first, new_file, no_bar
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from core.checkpoint import MODEL, State, load_model
+from core.config import Config
+from core.console import CommandLine, given_path, new_file, no_bar
+from core.data import TokenStream
+from core.distributed import Distributed, format_name, local_and_eager, pick_dtype
+from core.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
+from core.errors import UserError, at_least, command
+from core.figures import draw_profiles
+from core.files import write_json
+from core.fsdp import is_sharded, uncompiled
+from core.provenance import git_version, source_of, warn_of_other_source
+from core.results import Question, Result, beside, check_file, closing, read_results, render, special
+from core.upload import tracked, upload
+from core.windows import Profile, Windows, counted, losses
+from model import GPT
+from positional.base import widest
+from positional.scaling import SCALINGS, rescale
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,30 +97,6 @@ def parse_args() -> argparse.Namespace:
         "the table `perplexity` and summary values as perplexity/512",
     )
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    help_first(parse_args)
-
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from config import Config
-from data import TokenStream
-from distributed import Distributed, format_name, local_and_eager, pick_dtype
-from evaluation.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
-from evaluation.results import Question, Result, beside, check_file, closing, read_results, render, special
-from evaluation.windows import Profile, Windows, counted, losses
-from model import GPT
-from positional.base import widest
-from positional.scaling import SCALINGS, rescale
-from system.errors import UserError, at_least, command
-from system.files import write_json
-from system.fsdp import is_sharded, uncompiled
-from training.checkpoint import MODEL, State, load_model
-from training.provenance import git_version, source_of, warn_of_other_source
-from training.upload import tracked, upload
 
 
 @dataclass(frozen=True)
@@ -343,8 +340,6 @@ def main() -> None:
             if dist.is_main:  # after each run: what is evaluated is kept, whatever happens to the next
                 write(results, losses_of_all, args, there)
         if dist.is_main and args.figure:
-            from evaluation.figures import draw_profiles
-
             draw_profiles(results, Path(args.figure))
         if dist.is_main:
             print(render(results))

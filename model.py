@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from kernels.bias import Attend, attend, attention_of
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.kv_cache import KVCache
-from kernels.support import rotation_kernel
+from core.bias import Attend, attend, attention_of
+from core.cache import KVCache
+from core.kernels.cross_entropy import linear_cross_entropy
+from core.kernels.support import rotation_kernel
 from positional import ENCODINGS, PositionalEncoding
 from positional.base import once, widest
 
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         encoding = ENCODINGS[cfg.encoding]
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.head: nn.Module | None = None  # in place of wte's weights, with which it is tied: kernels.packed
+        self.head: nn.Module | None = None  # in place of wte's weights, with which it is tied: core.kernels.packed
         self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.wpe = None if encoding.per_layer else encoding(cfg)

@@ -23,10 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from system.console import CommandLine, given_path, remark
-from system.errors import UserError, command
-from system.files import locked, write_json
-from system.host import heard
+from core.console import CommandLine, given_path, remark
+from core.errors import UserError, command
+from core.files import locked, write_json
+from core.host import heard
 from text.pretokenized import FINEWEB_TOKENS, adopt
 from text.progress import gigabytes, progress_bar
 from text.shards import MANIFEST, SCRATCH, SHARD_SUFFIXES, read_manifest

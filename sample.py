@@ -7,14 +7,23 @@ Every document of the training stream begins with the end-of-text token, so ever
 there too, or after --max_new_tokens; it goes on past the training length unless the encoding has no positions there.
 """
 
+import core.host  # noqa: F401  isort: skip  before torch, which reads what it sets
+
 import argparse
 import codecs
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import system.host  # noqa: F401  before torch, which reads what it sets
-from system.console import CommandLine, given_path, help_first
+import torch
+
+from core.checkpoint import load_model
+from core.console import CommandLine, given_path
+from core.distributed import Distributed
+from core.errors import UserError, command
+from core.kernels.packed import pack
+from model import GPT
+from text.tokenizer import Tokenizer, load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,19 +47,6 @@ def parse_args() -> argparse.Namespace:
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="[default: auto, the first that is there]")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="float32", help="of weights and matmuls [default: float32]")
     return parser.parse_args()
-
-
-if __name__ == "__main__":
-    help_first(parse_args)
-
-import torch
-
-from distributed import Distributed
-from kernels.packed import pack
-from model import GPT
-from system.errors import UserError, command
-from text.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint import load_model
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -9,20 +9,25 @@ A run is config/SIZE.toml under config/ENCODING.toml; any --key=value goes to ev
 it was. Writes table1.md, table1.json and table1.png.
 """
 
+import core.host  # noqa: F401  isort: skip  before torch, which reads what it sets
+
 import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import system.host  # noqa: F401  before torch, which reads what it sets
-from config import grad_accum
-from evaluation.results import Result, beside, read_results
-from experiments.jobs import launch, start
-from experiments.plan import ROOT, Entry, check_data, find, questions, refuse_conflicts, show_plan
-from system.console import CommandLine, new_file, new_folder, quiet, remark
-from system.errors import UserError, command
-from system.files import atomic_write, write_json
+from core.config import grad_accum
+from core.console import CommandLine, new_file, new_folder, quiet, remark
+from core.distributed import Distributed
+from core.errors import UserError, command
+from core.files import ROOT, atomic_write, write_json
+from core.results import Result, beside, read_results
+from core.sweep.jobs import launch, start
+from core.sweep.plan import Entry, check_data, find, questions, refuse_conflicts, show_plan
+from core.sweep.preflight import preflight
+from core.upload import upload
+from eval_ppl import evaluate_run
 
 # Perplexity on 0.1B held-out tokens of FineWeb-Edu, Table 1 of arXiv 2507.23083
 PAPER = {
@@ -85,8 +90,6 @@ def try_out(entries: list[Entry], args: argparse.Namespace, overrides: list[str]
         words = ["--preflight", "--sizes", *args.sizes, "--encodings", *args.encodings, *overrides]
         words += ["--json", args.json] if args.json else []
         return start("table1.py", words, args.nproc)
-    from experiments.preflight import preflight
-
     preflight(entries, args.json)
     return 0
 
@@ -112,9 +115,6 @@ def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[Result]:
 
 def evaluate_entry(entry: Entry, lengths: list[int], args: argparse.Namespace, path: Path) -> None:
     """Add the perplexities of a finished run at `lengths` to those in `path`; evaluated here, or on --nproc processes."""
-    from distributed import Distributed
-    from eval_ppl import evaluate_run
-
     if args.nproc:
         words = ["--lengths", *map(str, lengths), "--max_tokens", str(args.max_tokens), "--json", str(path), "--append"]
         launch(
@@ -130,8 +130,6 @@ def evaluate_entry(entry: Entry, lengths: list[int], args: argparse.Namespace, p
 
 def share(folder: Path, results: list[dict[str, Any]]) -> None:
     """Put the results of the run in `folder` into its run at Weights & Biases; the table does without where that fails."""
-    from training.upload import upload
-
     try:
         upload(folder, results)
     except UserError as error:

@@ -6,30 +6,26 @@
 The same command, started again after an interruption, goes on from the newest checkpoint.
 """
 
+import core.host  # noqa: F401  isort: skip  before torch, which reads what it sets
+
 import sys
-
-import system.host  # noqa: F401  before torch, which reads what it sets
-from config import Config, load_config
-from system.console import help_first
-
-if __name__ == "__main__":
-    help_first(lambda: load_config(sys.argv[1:]))
 
 from torch import nn
 
-from data import Batches, TokenStream, to_batch
-from distributed import Distributed, check_residual, pick_device
+from core.config import Config, load_config
+from core.data import Batches, TokenStream, to_batch
+from core.distributed import Distributed, check_residual, pick_device
+from core.errors import command
+from core.fsdp import uncompiled
+from core.guard import Guard
+from core.initial import load_initial
+from core.kernels.support import check_kernel
+from core.optim import make_optimizer
+from core.replay import Replay
+from core.run import Leaving, Run
+from core.step import update
 from eval_ppl import evaluate
-from huggingface.initial import load_initial
-from kernels.support import check_kernel
 from model import GPT
-from system.errors import command
-from system.fsdp import uncompiled
-from training.guard import Guard
-from training.optim import make_optimizer
-from training.replay import Replay
-from training.run import Leaving, Run
-from training.step import update
 
 
 def train(cfg: Config) -> int:

@@ -31,10 +31,10 @@ os.environ.update(WANDB_SILENT="true", WANDB__SERVICE_WAIT="300")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `make test &`: what tests interrupt would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import system.host  # noqa: E402, F401  isort: skip
+import core.host  # noqa: E402, F401  isort: skip
 import torch  # noqa: E402
 
-from system.files import locked  # noqa: E402
+from core.files import locked  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it comes
@@ -88,8 +88,20 @@ def start_fork_server() -> str:
 AT_START = ("PYTHONPROFILE", "LD_", "OMP_", "TRITON_")
 
 
+def as_modules(args: Sequence[object]) -> list[object]:
+    """The words, with -m before a module of ours that is named as such, lab.sweep, say."""
+
+    def is_module(word: str) -> bool:
+        path = ROOT.joinpath(*word.split("."))
+        return word.startswith(("core.", "lab.")) and (path.with_suffix(".py").exists() or (path / "__main__.py").exists())
+
+    pairs = zip(["", *args], args, strict=False)
+    return [word for last, arg in pairs for word in (["-m", arg] if is_module(str(arg)) and last != "-m" else [arg])]
+
+
 def command_line(args: Sequence[object], env: Mapping[str, str], real: bool) -> list[str]:
     """The words that run a script of the repository with this Python; `real`: in a process that is its own from the start."""
+    args = as_modules(args)
     is_plain = args[0] == "-m" or not str(args[0]).startswith("-")
     changed = [name for name, value in env.items() if name.startswith(AT_START) and os.environ.get(name) != value]
     forks = hasattr(os, "fork") and is_plain and not changed and not real
@@ -275,7 +287,7 @@ def small(corpus: Path, tmp_path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def runs(corpus: Path, tmp_path_factory) -> Path:
     """Folder of two short runs, `carope` and `learned`, trained at length 32."""
-    from config import load_config
+    from core.config import load_config
     from train import train
 
     def train_both(out: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from benchmarks.codegen import move, write_code
-from benchmarks.fake_cuda import pretend
+from lab.bench.codegen import move, write_code
+from lab.bench.fake_cuda import pretend
 
 SHAPE = ["--n_head=4", "--n_embd=256", "--vocab_size=1024", "--block_size=192", "--micro_batch=2", "--tokens_per_step=384"]
 
@@ -27,7 +27,7 @@ def main() -> None:
     """Print {name: [what is wrong]}, and for people what the kernels take."""
     mode, *names = sys.argv[1:]
     pretend()  # before torch comes
-    from config import load_config
+    from core.config import load_config
 
     wrong: dict[str, list[str]] = {}
     for name in names:
@@ -47,7 +47,7 @@ def steps(cfg: Any) -> Iterator[str]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from evaluation.windows import losses
+    from core.windows import losses
     from model import GPT, KVCache
 
     calls = noted_attention()

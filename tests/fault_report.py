@@ -80,8 +80,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     held = sum(row["verdict"] == "held" for row in rows)
     terminalreporter.write_line(f"{held} of {len(rows)} faults held")
     sys.path.insert(0, str(config.rootpath))
-    from distributed import pick_device
-    from training.provenance import device_name, git_version
+    from core.distributed import pick_device
+    from core.provenance import device_name, git_version
 
     about = {
         "command": shlex.join(["pytest", *config.invocation_params.args]),

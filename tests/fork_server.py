@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Of the project only what has to come before torch; and nothing that reads an environment variable tests set
-NEEDED = ["system.host", "torch._dynamo", "torch.distributed.run", "numpy", "pydantic", "safetensors.torch", "tqdm", "tiktoken",
+NEEDED = ["core.host", "torch._dynamo", "torch.distributed.run", "numpy", "pydantic", "safetensors.torch", "tqdm", "tiktoken",
           "pyarrow.parquet", "matplotlib.pyplot"]  # fmt: skip
 NUMBER = struct.Struct("i")
 PASSED_ON = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
@@ -33,7 +33,7 @@ fork() {{ exec {python} -S -E {server} {socket} "$@"; }}
 [ "$1" = -u ] && case "$2" in *.py) shift; export PYTHONUNBUFFERED=1 ;; esac
 case "$1" in
 *.py) fork "$@" ;;
--m) case "$2" in benchmarks.* | tests.*) fork "$@" ;; esac ;;
+-m) case "$2" in core.* | lab.* | tests.*) fork "$@" ;; esac ;;
 esac
 exec {python} "$@"
 """
@@ -120,6 +120,8 @@ def become(request: dict[str, Any], python: str) -> NoReturn:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "core"]:  # it may be to run a copy of ours
+        del sys.modules[name]
     is_module = request["words"][0] == "-m"
     sys.argv = request["words"][is_module:]
     sys.path[0] = request["folder"] if is_module else os.path.dirname(os.path.abspath(sys.argv[0]))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import table1
-from experiments import trial
+from core.sweep import trial
 from model import GPT
 
 ON_RANK_1 = os.environ.get("RANK") == "1"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from config import load_config
-from system.errors import command
+from core.config import load_config
+from core.errors import command
 from train import train
 
 

@@ -1,4 +1,4 @@
-"""analyze.py attention: what it takes for the attention weights are the model's, under every encoding."""
+"""lab.analyze attention: what it takes for the attention weights are the model's, under every encoding."""
 
 import math
 import sys
@@ -7,12 +7,12 @@ import pytest
 import torch
 from test_positional import build, tokens
 
-from analysis.attention import Sums, distance_bins, watched, weight_columns
-from analyze import main
+from core.errors import UserError
+from lab.analyze.__main__ import main
+from lab.analyze.attention import Sums, distance_bins, watched, weight_columns
 from positional import ENCODINGS
 from positional.bias import alibi_slopes
 from positional.weighted import causal_softmax, logits_of
-from system.errors import UserError
 
 
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
@@ -75,7 +75,7 @@ def test_uniform_attention_has_the_distances_that_one_computes_by_hand():
 
 def test_the_command_writes_json_and_figure(runs, tmp_path, monkeypatch, capsys):
     words = ["attention", str(runs / "carope"), str(runs / "learned"), "--windows", "4", "--device=cpu", f"--out={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["analyze.py", *words])
+    monkeypatch.setattr(sys, "argv", ["lab.analyze", *words])
     with pytest.raises(SystemExit) as leave:
         main()
     assert leave.value.code in (0, None), capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_the_command_writes_json_and_figure(runs, tmp_path, monkeypatch, capsys)
 def test_a_wrong_number_of_windows_is_refused(tmp_path):
     from argparse import Namespace
 
-    from analysis.attention import run
+    from lab.analyze.attention import run
 
     with pytest.raises(UserError, match="--windows = 0: must be at least 1"):
         run(Namespace(windows=0), tmp_path)

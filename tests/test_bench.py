@@ -1,4 +1,4 @@
-"""bench.py at toy sizes: what its last line holds, and that it holds together. Never how fast it is."""
+"""lab.bench at toy sizes: what its last line holds, and that it holds together. Never how fast it is."""
 
 import json
 
@@ -7,9 +7,9 @@ from conftest import ROOT, run_command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.measure import interleave, speedup, spread
-from benchmarks.peers import load_definitions
-from system.errors import UserError
+from core.errors import UserError
+from core.measure import interleave, speedup, spread
+from lab.bench.peers import load_definitions
 
 TOY = [
     "--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--micro_batch=4",
@@ -51,7 +51,7 @@ def test_training_beside_another_encoding_and_another_checkout(tmp_path):
     encodings = ["rope", "carope", "rope,rope_base=500"]
     words = ["--encodings", *encodings, "--vs", tmp_path / "other", "--profile", tmp_path / "profile.txt"]
     out = tmp_path / "result.json"
-    found = last_line(run_command("bench.py", "train", *TOY, *words, "--micro_steps=2", "--json", out))
+    found = last_line(run_command("lab.bench", "train", *TOY, *words, "--micro_steps=2", "--json", out))
     assert json.loads(out.read_text()) == found
     wanted = {
         "tokens_per_second", "ms_median", "matmul_tflops", "mfu_measured", "peak_memory_bytes", "encoding", "config", "device",
@@ -73,14 +73,14 @@ def test_training_beside_another_encoding_and_another_checkout(tmp_path):
 
 @pytest.mark.slow
 def test_evaluation_beside_training():
-    found = last_line(run_command("bench.py", "eval", *TOY))
+    found = last_line(run_command("lab.bench", "eval", *TOY))
     assert {"tokens_per_second", "train_tokens_per_second", "eval_over_train", "mfu_measured"} <= set(found)
 
 
 @pytest.mark.slow
 def test_startup_times_the_first_step_and_each_help():
     words = [word for word in TOY if word not in ("--synthetic", "--rounds=2", "--warmup=1")]
-    found = last_line(run_command("bench.py", "startup", *words, "--rounds=1"))["seconds"]
+    found = last_line(run_command("lab.bench", "startup", *words, "--rounds=1"))["seconds"]
     assert {"first step", "train.py", "eval_ppl.py"} <= found.keys() and all(one["median"] > 0 for one in found.values())
 
 
@@ -89,13 +89,13 @@ def test_startup_times_the_first_step_and_each_help():
     [
         (["train", "--encodings", "rpoe"], "rpoe"),
         (["train", "--vs", "nowhere"], "--vs nowhere: no model.py or train_gpt2.py"),
-        (["train", "--vs", str(ROOT / "config.py")], "defines no GPT and GPTConfig"),
+        (["train", "--vs", str(ROOT / "core/config.py")], "defines no GPT and GPTConfig"),
         (["train", "--rounds", "0"], "--rounds = 0: must be at least 1"),
         (["train", "--no_such_option"], "no such option"),
     ],
 )
 def test_mistakes_are_one_line(words, message):
-    done = run_command("bench.py", *words[:1], *TOY[:-2], *words[1:])
+    done = run_command("lab.bench", *words[:1], *TOY[:-2], *words[1:])
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.strip().splitlines()[-1:]) == 1 and "Traceback" not in done.stderr
 
@@ -108,7 +108,7 @@ def test_a_candidate_that_dies_costs_no_other_its_result(tmp_path):
     words = ["--encodings", "rope", f"rope,{tmp_path}/wide.toml", "nope,block_size=16", "--no_bare", "--at_once=2"]
     out, toy = tmp_path / "result.json", [word for word in TOY if word not in ("--n_embd=32", "--block_size=32")]
     (tmp_path / "base.toml").write_text("n_embd = 32\nblock_size = 32\n")
-    done = run_command("bench.py", "train", tmp_path / "base.toml", *toy, *words, "--vs", tmp_path, "--json", out)
+    done = run_command("lab.bench", "train", tmp_path / "base.toml", *toy, *words, "--vs", tmp_path, "--json", out)
     assert done.returncode == 2 and "ended with exit code 1" in done.stderr and "no luck" in done.stderr
     found = json.loads(out.read_text())
     assert list(found["failed"]) == [f"{tmp_path.name}, as shipped"] and "unfinished" not in found
@@ -119,7 +119,7 @@ def test_a_candidate_that_dies_costs_no_other_its_result(tmp_path):
 
 def test_the_rounds_wait_for_a_line(tmp_path):
     out = tmp_path / "result.json"
-    found = last_line(run_command("bench.py", "train", *TOY, "--no_bare", "--wait", "--json", out, input="\n"))
+    found = last_line(run_command("lab.bench", "train", *TOY, "--no_bare", "--wait", "--json", out, input="\n"))
     assert found["n"] == 2
 
 
@@ -127,7 +127,7 @@ ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "loca
 
 
 def test_not_under_torchrun():
-    done = run_command("bench.py", "train", *TOY, env=ALONE)
+    done = run_command("lab.bench", "train", *TOY, env=ALONE)
     assert done.returncode == 2 and "table1.py --preflight" in done.stderr
 
 
@@ -156,4 +156,4 @@ def test_spread_is_ordered_and_a_speedup_over_oneself_is_one(seconds, tokens):
 
 def test_help_of_every_benchmark():
     for name in ("train", "eval", "startup"):
-        assert "bench.py" in run_command("bench.py", name, "--help").stdout
+        assert "lab.bench" in run_command("lab.bench", name, "--help").stdout

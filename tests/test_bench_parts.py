@@ -1,4 +1,4 @@
-"""bench.py decode, data and prepare at toy sizes: what the last line holds, and that it holds together."""
+"""lab.bench decode, data and prepare at toy sizes: what the last line holds, and that it holds together."""
 
 import json
 
@@ -13,7 +13,7 @@ SPREAD = {"n", "ms_median", "ms_p10", "ms_p90", "tokens_per_second"}
 
 
 def last_line(*words: object) -> dict:
-    done = run_command("bench.py", *words)
+    done = run_command("lab.bench", *words)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -83,10 +83,10 @@ def test_preparing(tmp_path):
         (["data", "--data=nowhere"], "nowhere: no such data folder"),
         (["data", "--tokens", "1.5"], "--tokens: 1.5 is not a whole number above 0"),
         (["prepare", "--source", "nowhere.parquet"], "--source nowhere.parquet: no such file"),
-        (["prepare", "--n_layer=2"], "--n_layer=2: no such option of bench.py prepare"),
+        (["prepare", "--n_layer=2"], "--n_layer=2: no such option of lab.bench prepare"),
     ],
 )
 def test_mistakes_are_one_line(runs, words, message):
-    done = run_command("bench.py", *(word.format(runs=runs) for word in words))
+    done = run_command("lab.bench", *(word.format(runs=runs) for word in words))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].count(message) == 1

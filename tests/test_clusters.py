@@ -1,4 +1,4 @@
-"""scripts/table1.sbatch, with stand-ins for Slurm's commands, and two torchrun agents that meet as two nodes do."""
+"""cluster/table1.sbatch, with stand-ins for Slurm's commands, and two torchrun agents that meet as two nodes do."""
 
 import os
 import re
@@ -12,10 +12,10 @@ import pytest
 import yaml
 from conftest import ROOT, Hold, ends_with_the_test, wait_until
 
-from system.errors import EXIT_LOST_RANK, EXIT_REQUEUE
-from training.checkpoint import newest_checkpoint
+from core.checkpoint import newest_checkpoint
+from core.errors import EXIT_LOST_RANK, EXIT_REQUEUE
 
-SCRIPT = ROOT / "scripts/table1.sbatch"
+SCRIPT = ROOT / "cluster/table1.sbatch"
 # Runs the command once per node and hands signals on to all, as srun does
 SRUN = """
 import os, signal, subprocess, sys
@@ -106,7 +106,7 @@ def test_a_job_on_two_nodes_is_preempted_queued_again_and_makes_the_table(small,
         word for word in small if not word.startswith(("--data", "--out_dir", "--steps", "--warmup", "--save", "--eval_every"))
     ]
     words = [*toy, "--steps=30", "--eval_every=30", "--save_every=30"]
-    command, hold = ["bash", SCRIPT, *words], Hold(tmp_path, "training.step:update", 8)
+    command, hold = ["bash", SCRIPT, *words], Hold(tmp_path, "core.step:update", 8)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=env | hold.env, **pipes))
     run = tmp_path / "tiny-rope"
@@ -134,7 +134,7 @@ def test_the_image_leaves_out_what_git_does_and_is_pinned():
 
 
 def test_the_task_of_skypilot_is_yaml_and_its_commands_bash():
-    task = yaml.safe_load((ROOT / "scripts/table1.sky.yaml").read_text())
+    task = yaml.safe_load((ROOT / "cluster/table1.sky.yaml").read_text())
     assert task["resources"]["accelerators"] == "H100:2"
     for part in ("setup", "run"):
         assert subprocess.run(["bash", "-n"], input=task[part], text=True).returncode == 0

@@ -1,4 +1,4 @@
-"""Code for an H100 that is not there: what benchmarks.codegen counts, and what of a GPU's work can be seen without one."""
+"""Code for an H100 that is not there: what lab.bench.codegen counts, and what of a GPU's work can be seen without one."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TOKENS, V, C = 32 * 512, 50304, 768
 def counted(tmp_path_factory) -> Callable[[str], dict]:
     """By encoding, what the command wrote."""
     path = tmp_path_factory.mktemp("codegen") / "found.json"
-    done = run_command("-m", "benchmarks.codegen", *WORDS, "--json", path, env={"TRITON_INTERPRET": "0"})
+    done = run_command("lab.bench.codegen", *WORDS, "--json", path, env={"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())
     assert found["estimated"] and all(f"{one['tokens_per_second']:,}" in done.stdout for one in found["results"])

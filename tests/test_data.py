@@ -12,9 +12,9 @@ from conftest import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Config
-from data import Batches, TokenStream
-from system.errors import UserError
+from core.config import Config
+from core.data import Batches, TokenStream
+from core.errors import UserError
 from text.shards import HEADER_BYTES, open_shard, write_shard
 
 

@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import positional.base
-from distributed import Distributed, pick_device, pick_dtype
-from evaluation.windows import Profile, losses
+from core.distributed import Distributed, pick_device, pick_dtype
+from core.errors import UserError
+from core.optim import make_optimizer
+from core.windows import Profile, losses
 from model import KVCache
 from positional import ENCODINGS
 from positional.bias import t5_bucket
 from positional.scaling import SCALINGS, rescale
-from system.errors import UserError
-from training.optim import make_optimizer
 
 
 class NoFloat64(TorchDispatchMode):

@@ -25,47 +25,47 @@ def test_every_promise_has_its_test(number):
 
 
 def test_the_tables_of_scaling_are_the_models_and_the_measured_ones():
-    from benchmarks.scaling_report import blocks
+    from lab.bench.scaling_report import blocks
 
     page = (ROOT / "docs/scaling.md").read_text()
     for name, text in blocks().items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m benchmarks.scaling_report writes them"
+        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m lab.bench.scaling_report writes them"
     report = json.loads((ROOT / "results/overlap-cpu.json").read_text())
     assert {"command", "git", "device", "torch", "world_size", "backend"} <= set(report) and "dirty" not in report["git"]
 
 
 def test_the_tables_of_performance_are_those_of_the_benchmarks():
-    from benchmarks.performance_report import TARGETS, blocks, result
+    from lab.bench.performance_report import TARGETS, blocks, result
 
     page = (ROOT / "docs/performance.md").read_text()
     for name, text in blocks().items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m benchmarks.performance_report writes them"
+        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m lab.bench.performance_report writes them"
     for name in {name for _, _, name, _ in TARGETS if name}:
         assert {"command", "git", "device", "torch"} <= set(result(name)) and "dirty" not in result(name)["git"]
 
 
 def test_every_option_the_page_names_exists():
-    from config import Config
+    from core.config import Config
 
     for key in re.findall(r"--(\w+_\w+)", PAGE):
         assert key in Config.model_fields or key == "nproc_per_node", key
 
 
 def test_the_table_of_encodings_is_what_the_classes_say():
-    from experiments.encodings_report import render
+    from lab.encodings_report import render
     from positional import ENCODINGS
 
     page = (ROOT / "docs/encodings.md").read_text()
-    assert f"<!-- encodings -->\n{render()}<!-- end -->" in page, "python -m experiments.encodings_report writes it"
+    assert f"<!-- encodings -->\n{render()}<!-- end -->" in page, "python -m lab.encodings_report writes it"
     assert all(f"| `{name}` | " in page for name in ENCODINGS)
 
 
 def test_the_tables_of_the_findings_are_those_of_the_laboratory():
-    from experiments.lab_report import blocks, summarize
+    from lab.sweep_report import blocks, summarize
 
     page = (ROOT / "docs/findings.md").read_text()
     for name, text in blocks().items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m experiments.lab_report writes them"
+        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m lab.sweep_report writes them"
     found = json.loads((ROOT / "results/lab-cpu.json").read_text())
     assert found["summary"] == summarize(found["runs"], found["baseline"])
     assert not any("dirty" in run["git"] for run in found["runs"])

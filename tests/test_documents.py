@@ -11,16 +11,16 @@ from conftest import run_command, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import TokenStream
-from distributed import Distributed
+from core.checkpoint import load_model
+from core.data import TokenStream
+from core.distributed import Distributed
+from core.documents import Losses, LossSums, find_documents, load, merge
+from core.errors import UserError
+from core.files import sha256_file, write_json
+from core.windows import Profile
 from eval_ppl import evaluate, evaluate_run
-from evaluation.documents import Losses, LossSums, find_documents, load, merge
-from evaluation.windows import Profile
-from system.errors import UserError
-from system.files import sha256_file, write_json
 from text.shards import MANIFEST, write_shard
 from text.tokenizer import load_tokenizer
-from training.checkpoint import load_model
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 EOT = 256
@@ -88,7 +88,7 @@ def test_the_corpus_is_what_the_tests_take_it_for(folder):
 @settings(deadline=None, max_examples=200)
 def test_documents_are_found_as_they_are_defined(tokens, max_tokens, min_tokens, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.documents.BLOCK", block)
+        patch.setattr("core.documents.BLOCK", block)
         cut = tokens[: max_tokens + 1] if max_tokens else tokens
         found = find_documents(Stream(tokens), max_tokens)
         assert list(zip(found.first_D, found.first_D + found.tokens_D, strict=True)) == by_hand(cut)
@@ -230,7 +230,7 @@ def test_bits_per_byte_of_a_run_and_none_of_text_that_is_not_known(runs, folder,
     assert result["bytes"] == len(text) and result["documents"] == len(by_hand(stream.read(0, 301)))
     assert result["bits_per_byte"] == pytest.approx(result["nll"] * 300 / math.log(2) / len(text))
     assert result["min_document_tokens"] is None and "losses" not in result
-    monkeypatch.setattr("evaluation.documents.byte_lengths", lambda _: None)  # as without tiktoken's file
+    monkeypatch.setattr("core.documents.byte_lengths", lambda _: None)  # as without tiktoken's file
     keep: list[Losses] = []
     (unknown,) = evaluate_run(runs / "carope", [32], CPU, data=str(folder), max_tokens=300, keep=keep)
     assert unknown == result | {"bytes": None, "bits_per_byte": None} and set(keep[0].bytes) == {-1}

@@ -10,13 +10,13 @@ from conftest import run_command, torchrun
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from config import load_config
-from data import TokenStream
-from distributed import Distributed
+from core.checkpoint import load_model
+from core.config import load_config
+from core.data import TokenStream
+from core.distributed import Distributed
+from core.windows import Profile, Windows, bins, losses
 from eval_ppl import Evaluation, evaluate, evaluate_run, render
-from evaluation.windows import Profile, Windows, bins, losses
 from model import GPT
-from training.checkpoint import load_model
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 
@@ -146,7 +146,7 @@ def test_a_long_window_of_attention_written_out_is_evaluated_in_pieces(corpus, m
     with torch.no_grad():
         model.h[0].wpe.e.normal_()
         whole = losses(model, x_BT, y_BT)
-        monkeypatch.setattr("evaluation.windows.PIECE", 32)
+        monkeypatch.setattr("core.windows.PIECE", 32)
         most = []
         model.h[0].register_forward_pre_hook(lambda _, args: most.append(args[0].size(1)))
         torch.testing.assert_close(losses(model, x_BT, y_BT), whole, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""eval_tasks.py: the real harness on a local task, against the same choices by our own model."""
+"""lab.eval_tasks: the real harness on a local task, against the same choices by our own model."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 from conftest import run_command
 from test_export import saved
 
-import eval_tasks
+from lab import eval_tasks
 
 TASK = """task: local_bytes
 dataset_path: json
@@ -53,7 +53,7 @@ def our_accuracy(model) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["carope", "rope"])
 def test_the_harness_finds_the_accuracy_that_our_model_has(tmp_path, encoding):
-    pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
     model = saved(tmp_path / "run", encoding)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -61,7 +61,7 @@ def test_the_harness_finds_the_accuracy_that_our_model_has(tmp_path, encoding):
     (tasks / "local_bytes.yaml").write_text(TASK.format(file=tmp_path / "docs.jsonl"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     words = ["--tasks", "local_bytes", "--include_path", tasks, "--json", tmp_path / "tasks.json", "--batch", 8]
-    done = run_command("eval_tasks.py", tmp_path / "run", *words, "--device", "cpu", env=offline)
+    done = run_command("lab.eval_tasks", tmp_path / "run", *words, "--device", "cpu", env=offline)
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads((tmp_path / "tasks.json").read_text())
     assert (result["encoding"], result["step"], result["n"]) == (encoding, 3, {"local_bytes": 40})
@@ -73,12 +73,12 @@ def test_the_harness_finds_the_accuracy_that_our_model_has(tmp_path, encoding):
     ("words", "message"),
     [
         (["--batch=0"], "--batch = 0: must be at least 1"),
-        ([], "lm_eval is not installed; pip install -r requirements-eval.txt"),
+        ([], "lm_eval is not installed; pip install -e '.[eval]'"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr(sys, "argv", ["eval_tasks.py", str(tmp_path), "--tasks=piqa", *words])
+    monkeypatch.setattr(sys, "argv", ["lab.eval_tasks", str(tmp_path), "--tasks=piqa", *words])
     with pytest.raises(SystemExit, match="2"):
         eval_tasks.main()
     assert capsys.readouterr().err == f"error: {message}\n"

@@ -12,13 +12,13 @@ from conftest import ROOT, keep_remote_code, run_command
 from safetensors.torch import load_file
 from test_positional import build
 
-from huggingface.bundle import REPLACED, bundle, needs
-from huggingface.export import export
+from core.checkpoint import MODEL, OPTIMIZER, State, write_checkpoint
+from core.errors import UserError
+from core.files import sha256_file
+from lab.export_hf.bundle import REPLACED, bundle, needs
+from lab.export_hf.export import export
 from positional import ENCODINGS
-from system.errors import UserError
-from system.files import sha256_file
 from text.tokenizer import load_tokenizer
-from training.checkpoint import MODEL, OPTIMIZER, State, write_checkpoint
 
 ALL = sorted(ENCODINGS)
 TEXT = "Return the naïve\tsum — of 12,345 € …\n\n  It's    done. 日本"
@@ -37,7 +37,7 @@ def saved(run, encoding: str, tokenizer: str = "bytes", vocab: int = 320):
 
 @pytest.fixture
 def transformers(monkeypatch, tmp_path):
-    found = pytest.importorskip("transformers", reason="pip install -r requirements-eval.txt")
+    found = pytest.importorskip("transformers", reason="pip install -e '.[eval]'")
     keep_remote_code(monkeypatch, tmp_path / "modules")
     return found
 
@@ -150,7 +150,7 @@ def test_transformers_own_cache_is_refused_before_it_loses_anything(transformers
 
 def test_trainer_takes_the_same_step_whatever_it_accumulates(transformers, exported, tmp_path):
     """The loss, and the weights after a step of plain SGD, for four texts at a time and one by one."""
-    pytest.importorskip("accelerate", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("accelerate", reason="pip install -e '.[eval]'")
     texts = [{"input_ids": row, "labels": row} for row in torch.arange(96).view(4, 24)]
     before = {name: p.detach().clone() for name, p in exported.named_parameters()}
     after, losses = [], []
@@ -226,7 +226,7 @@ def test_gradient_checkpointing_changes_no_gradient(exported):
 
 
 def test_what_generate_or_accelerate_cannot_do_with_it_is_refused(transformers, exported, tmp_path):
-    pytest.importorskip("accelerate", reason="pip install -r requirements-eval.txt")
+    pytest.importorskip("accelerate", reason="pip install -e '.[eval]'")
     with pytest.raises(ValueError, match="assisted decoding takes tokens back"):
         exported.generate(IDS[:1, :8], prompt_lookup_num_tokens=2, max_new_tokens=4, do_sample=False)
     parts = {"transformer.wte": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu", "transformer.wpe": "cpu"}
@@ -239,11 +239,11 @@ def test_what_generate_or_accelerate_cannot_do_with_it_is_refused(transformers, 
 def test_two_exports_of_one_name_run_each_its_own_code(transformers, tmp_path, monkeypatch):
     saved(tmp_path / "run", "carope")
     export(tmp_path / "run", tmp_path / "one/m")
-    monkeypatch.setitem(REPLACED, "kernels.native", REPLACED["kernels.native"] + "\n\nMARK = 2\n")
+    monkeypatch.setitem(REPLACED, "core.kernels.native", REPLACED["core.kernels.native"] + "\n\nMARK = 2\n")
     export(tmp_path / "run", tmp_path / "two/m")
     load = transformers.AutoModelForCausalLM.from_pretrained
     modules = [type(load(tmp_path / name, trust_remote_code=True)).__module__ for name in ("one/m", "two/m")]
-    natives = [sys.modules[name.replace("modeling_carope", "kernels_native")] for name in modules]
+    natives = [sys.modules[name.replace("modeling_carope", "core_kernels_native")] for name in modules]
     assert [getattr(native, "MARK", 1) for native in natives] == [1, 2]
 
 
@@ -289,14 +289,14 @@ def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers
         assert {f"{module}.py" for module in relative} <= files.keys()
     named = re.findall(r"from \.(\w+) import", files["modeling_carope.py"])
     assert {f"{name}.py" for name in named} | {"modeling_carope.py"} == files.keys()  # transformers 4 follows no further
-    assert {"modeling_carope.py", "configuration_carope.py", "model.py", "positional.py", "kernels_bias.py"} <= files.keys()
+    assert {"modeling_carope.py", "configuration_carope.py", "model.py", "positional.py", "core_bias.py"} <= files.keys()
     ours = (ROOT / "positional/carope.py").read_text()
     assert files["positional_carope.py"] == re.sub(r"^from positional\.", "from .positional_", ours, flags=re.MULTILINE)
 
 
 BESIDE = """
 import gc, importlib.util, torch
-from kernels import key_bias
+from core.kernels import key_bias
 from positional import base
 held = []
 for n in range(3):
@@ -328,7 +328,7 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
     saved(run, "alibi")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    done = run_command("export_hf.py", run, tmp_path / "taken")
+    done = run_command("lab.export_hf", run, tmp_path / "taken")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is there already" in done.stderr
     before = sorted(os.listdir(tmp_path))
 
@@ -336,7 +336,7 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface.export.save_file", fail)
+        patch.setattr("lab.export_hf.export.save_file", fail)
         with pytest.raises(UserError, match="No space left"):
             export(run, out)
     assert sorted(os.listdir(tmp_path)) == before

@@ -1,4 +1,4 @@
-"""analyze.py freq: what kinds of tokens there are, and f by them."""
+"""lab.analyze freq: what kinds of tokens there are, and f by them."""
 
 import json
 import math
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import analyze
-from analysis import freq, freq_figures
-from analysis.frequencies import collect
-from analysis.token_classes import CLASSES, classify
-from config import load_config
+import lab.analyze.__main__ as analyze
+from core.config import load_config
+from core.errors import UserError
+from lab.analyze import freq, freq_figures
+from lab.analyze.frequencies import collect
+from lab.analyze.token_classes import CLASSES, classify
 from model import GPT
-from system.errors import UserError
 from text.tokenizer import load_tokenizer
 
 
@@ -72,7 +72,7 @@ def test_f_is_what_every_layer_sees():
 
 def test_the_command_and_its_files(runs, tmp_path, monkeypatch):
     words = ["--text", "Of <b> & 12 ü\n", "--out", tmp_path, "--max_tokens", 2000, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["analyze.py", "freq", *map(str, (runs / "carope", *words))])
+    monkeypatch.setattr(sys, "argv", ["lab.analyze", "freq", *map(str, (runs / "carope", *words))])
     with pytest.raises(SystemExit) as done:
         analyze.main()
     assert not done.value.code

@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT, assert_same_run, logged, records, run_command, start_command, torchrun, wait_until
 from safetensors.torch import load_file
 
-from config import grad_accum, load_config
+from core.checkpoint import list_checkpoints, newest_checkpoint
+from core.config import grad_accum, load_config
+from core.errors import EXIT_REQUEUE
 from model import GPT, KVCache
-from system.errors import EXIT_REQUEUE
 from train import train
-from training.checkpoint import list_checkpoints, newest_checkpoint
 
 # Shards that do not divide: 321 rows of embeddings on two ranks, CARoPE's one row of W on one of them. Five batches in an
 # evaluation, seven in the last, one window and a part of one among them: the last round has none for rank 1
@@ -87,7 +87,7 @@ def test_a_process_alone_has_nobody_to_share_with(small, tmp_path):
 @pytest.mark.slow
 def test_asked_to_leave_all_ranks_put_their_shards_together(small, tmp_path):
     words = [*small, *ODD, "--encoding=carope", "--name=r", "--steps=100000", "--save_every=100000", "--eval_every=100000"]
-    launcher = ["launch.py", "--nproc_per_node=2", "train.py"]
+    launcher = ["core.launch", "--nproc_per_node=2", "train.py"]
     child = start_command(*launcher, *words, "--parallel=fsdp")
     wait_until(child, lambda: logged(tmp_path / "r") > 3)
     os.killpg(child.pid, signal.SIGTERM)
@@ -197,8 +197,8 @@ STARTS = """
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed import Distributed
-from system.errors import command
+from core.distributed import Distributed
+from core.errors import command
 
 def start():
     with Distributed.start("cpu", "float32") as dist:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import logged, newest_sums, records, run_command, start_command, torchrun, wait_until
 
-from config import load_config
+from core.config import load_config
 from model import GPT, KVCache
 from positional import ENCODINGS
 

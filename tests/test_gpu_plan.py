@@ -11,11 +11,11 @@ import pytest
 from conftest import run_command
 from test_bench import PEER
 
-from benchmarks.gpu import LAB, LAB_TINY, SECONDS, SPEED, TESTS, end, outcomes, rates
-from benchmarks.gpu_sampler import Sampler
-from benchmarks.trainee import bench_config
-from config import load_config
-from evaluation.documents import load
+from core.config import load_config
+from core.documents import load
+from core.sweep.trial import bench_config
+from lab.bench.gpu import LAB, LAB_TINY, SECONDS, SPEED, TESTS, end, outcomes, rates
+from lab.bench.gpu_sampler import Sampler
 
 # What such a machine lacks of our environment. The second half comes with the wheels.
 ABSENT = ["datasets", "wandb", "plotly", "playwright", "ruff", "mypy", "httpx2", "dill", "multiprocess", "lm_eval", "psutil"]
@@ -59,10 +59,10 @@ def test_the_whole_plan_at_toy_sizes_and_a_second_call(tmp_path, bare):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     kit, python = tmp_path / "kit", f"--python={sys.version_info.major}.{sys.version_info.minor}"
     words = ["--text", tmp_path / "texts.jsonl", "--vs", tmp_path / "nanoGPT", "--out", kit, python]
-    packed = run_command("-m", "benchmarks.gpu_pack", *words)
+    packed = run_command("lab.bench.gpu_pack", *words)
     assert packed.returncode == 0 and "text.jsonl.xz" in packed.stdout, packed.stderr
 
-    out, plan = tmp_path / "out", ["-m", "benchmarks.gpu", "--rehearse", "--kit", kit, "--work", tmp_path / "work", "--out"]
+    out, plan = tmp_path / "out", ["lab.bench.gpu", "--rehearse", "--kit", kit, "--work", tmp_path / "work", "--out"]
     done = run_command(*plan, out, env=bare | {"CAROPE_COMMIT": "a" * 40}, real=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in out.iterdir())
@@ -160,5 +160,5 @@ def test_rates_are_of_the_plain_candidates():
 
 def test_without_what_it_wants_it_says_so(tmp_path):
     words = ["--rehearse", "--only", "lab", "--out", tmp_path / "out", "--kit", tmp_path / "none", "--work", tmp_path / "work"]
-    done = run_command("-m", "benchmarks.gpu", *words, env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+    done = run_command("lab.bench.gpu", *words, env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
     assert done.returncode == 1 and "text.jsonl.xz: cannot be unpacked" in done.stdout and "Traceback" not in done.stderr

@@ -1,62 +1,68 @@
-"""Imports go one way: base modules → model → eval_ppl → {train, sample} → benchmarks → table1; positional.py stands alone."""
+"""Imports go one way: the laboratory on top, then the scripts, model.py and core; positional/ knows torch alone."""
 
 import ast
+import subprocess
+import sys
 
 from conftest import ROOT
 
-MODULES = {path.stem: [path] for path in ROOT.glob("*.py")}
-MODULES |= {path.parent.name: [*path.parent.glob("*.py")] for path in ROOT.glob("*/__init__.py")}  # a package is one module
-LAYERS = [
-    {"positional", "system"},
-    {"kernels"},
-    {"config", "launch", "text"},
-    {"data", "distributed"},
-    {"model"},
-    {"training"},
-    {"evaluation"},
-    {"huggingface"},
-    {"eval_ppl", "prepare_fineweb", "sample", "export_hf", "eval_tasks"},
-    {"analysis", "train"},
-    {"benchmarks"},
-    {"experiments"},
-    {"analyze", "bench", "lab", "table1"},
-    {"report"},
-]
-# kernels/support.py imports the first four where Triton is there and wanted, transformers the others
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+PACKAGES = {"core", "lab", "positional", "text"}
+FILES = [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
+RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
+# core/kernels/support.py imports the first four where Triton is there and wanted, transformers the others
 ON_DEMAND = {
     "cross_entropy_tiles.py", "key_bias_tiles.py", "rotary.py", "rotary_tiles.py", "configuration_carope.py",
     "modeling_carope.py",
 }  # fmt: skip
-RUNS_WITH = {"torch", "numpy", "tqdm", "pydantic", "safetensors"}  # what train, eval and sample need, and no more
+MAY_IMPORT = {
+    "positional": {"positional"},
+    "text": {"core.console", "core.errors", "core.files", "text"},
+    "model": {"core.bias", "core.cache", "core.kernels", "positional"},
+    "core": {"core", "model", "positional", "text"},
+    "prepare_fineweb": {"core", "text"},
+    "train": {"core", "eval_ppl", "model"},
+    "eval_ppl": {"core", "model", "positional"},
+    "sample": {"core", "model", "text"},
+    "table1": {"core", "eval_ppl", "text"},
+    "lab": SCRIPTS - {"train"} | PACKAGES,
+}
 
 
-def imports(module: str, top_only: bool = False) -> set[str]:
-    trees = [ast.parse(path.read_text()) for path in MODULES[module] if not (top_only and path.name in ON_DEMAND)]
-    nodes = [node for tree in trees for node in (tree.body if top_only else ast.walk(tree))]
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {name.partition(".")[0] for name in names}
+def imports(path, top_only: bool = False) -> set[str]:
+    """Names of all modules that the file imports, or of those at its top."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
 
 
 def test_imports_go_one_way():
-    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    assert set(level) == set(MODULES)
-    for module in MODULES:
-        for other in imports(module) & set(MODULES) - {module}:
-            assert level[other] < level[module], f"{module} imports {other}"
+    for path in FILES:
+        first = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        ours = {name for name in imports(path) if name.partition(".")[0] in SCRIPTS | PACKAGES} - {first}
+        wrong = {name for name in ours if not any(f"{name}.".startswith(f"{one}.") for one in MAY_IMPORT[first])}
+        assert not wrong, f"{path} imports {wrong}"
 
 
 def test_positional_imports_torch_and_nothing_of_ours():
-    assert imports("positional") - {"collections", "math", "typing"} == {"positional", "torch"}
-
-
-def test_nobody_imports_train():
-    assert not [module for module in MODULES if "train" in imports(module)]
+    found = set().union(*(imports(path) for path in (ROOT / "positional").glob("*.py")))
+    assert {name.partition(".")[0] for name in found} == {"collections", "math", "typing", "positional", "torch"}
 
 
 def test_heavy_packages_are_imported_only_where_they_are_used():
-    import sys
+    for path in FILES:
+        if path.name not in ON_DEMAND:
+            foreign = {name.partition(".")[0] for name in imports(path, top_only=True)} - SCRIPTS - PACKAGES
+            assert foreign - set(sys.stdlib_module_names) <= RUNS_WITH, path
 
-    for module in MODULES:
-        foreign = imports(module, top_only=True) - set(MODULES) - set(sys.stdlib_module_names)
-        assert foreign <= RUNS_WITH, f"{module} imports {foreign - RUNS_WITH} at its top"
+
+def test_the_top_of_the_tree_fits_on_a_screen():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    top = {name.split("/")[0] for name in tracked or [path.name for path in ROOT.iterdir()]}
+    assert len([name for name in top if not name.startswith(".")]) <= 22

@@ -8,10 +8,10 @@ from conftest import logged, torchrun
 from test_export import saved
 from test_positional import T, build, tokens
 
-from config import load_config
-from huggingface.export import export
-from huggingface.initial import load_initial
-from system.errors import UserError
+from core.config import load_config
+from core.errors import UserError
+from core.initial import load_initial
+from lab.export_hf.export import export
 from train import train
 
 
@@ -28,7 +28,7 @@ def random_gpt2(transformers, folder, **options) -> torch.nn.Module:
 
 @pytest.fixture
 def transformers():
-    return pytest.importorskip("transformers", reason="pip install -r requirements-eval.txt")
+    return pytest.importorskip("transformers", reason="pip install -e '.[eval]'")
 
 
 def test_a_gpt2_that_transformers_saved_gives_its_logits_here(transformers, tmp_path, capsys):

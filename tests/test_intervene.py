@@ -1,4 +1,4 @@
-"""analyze.py intervene: f replaced, and what that costs."""
+"""lab.analyze intervene: f replaced, and what that costs."""
 
 import json
 from types import SimpleNamespace
@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import run_command
 
-from analysis import intervene
-from analysis.frequencies import collect, layers, replaced
-from config import load_config
+from core.config import load_config
+from core.errors import UserError
+from lab.analyze import intervene
+from lab.analyze.frequencies import collect, layers, replaced
 from model import GPT
-from system.errors import UserError
 
 
 def disturbed(encoding: str) -> GPT:
@@ -65,7 +65,7 @@ def test_a_shuffle_keeps_each_windows_values_per_head():
 
 def test_the_command_and_its_files(runs, tmp_path):
     words = ["--lengths", 32, 64, "--out", tmp_path, "--max_tokens", 1000, "--device", "cpu"]
-    done = run_command("analyze.py", "intervene", runs / "carope", runs / "carope", *words)
+    done = run_command("lab.analyze", "intervene", runs / "carope", runs / "carope", *words)
     assert done.returncode == 0, done.stderr
     first, second = json.loads((tmp_path / "intervene.json").read_text())["runs"]
     assert first == second

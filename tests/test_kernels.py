@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from kernels import cross_entropy as loss_module
-from kernels.attention import attention, chosen
-from kernels.cross_entropy import linear_cross_entropy
+from core.attention import attention, chosen
+from core.kernels import cross_entropy as loss_module
+from core.kernels.cross_entropy import linear_cross_entropy
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -163,7 +163,7 @@ def test_a_step_takes_no_new_memory_from_the_kernel():
     code = """
 import resource, sys
 if sys.argv[1] == "host":
-    import system.host
+    import core.host
 import torch
 for _ in range(3):
     a = torch.ones(16 << 20); b = a * 2; del a, b
@@ -181,7 +181,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["plain"] > 16384 and faults["host"] < faults["plain"] / 20
 
 
-@pytest.mark.parametrize("script", ["train", "eval_ppl", "sample", "table1", "bench"])
+@pytest.mark.parametrize("script", ["train.py", "eval_ppl.py", "sample.py", "table1.py", "lab/bench/__main__.py"])
 def test_commands_set_the_memory_before_torch_comes(script):
-    text = (ROOT / f"{script}.py").read_text()
-    assert -1 < text.find("\nimport system.host") < text.find("import torch") % len(text)
+    text = (ROOT / script).read_text()
+    assert -1 < text.find("\nimport core.host") < text.find("import torch") % len(text)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_positional import build, tokens
 
-from kernels import attention as attention_module
-from kernels import bias as bias_module
-from kernels.attention import _with_columns, key_columns
-from kernels.bias import attention_of
+from core import attention as attention_module
+from core import bias as bias_module
+from core.attention import _with_columns, key_columns
+from core.bias import attention_of
 from positional.base import round_to_bf16
 
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 HAS_CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import cross_entropy_tiles as tiles
-from kernels.cross_entropy import linear_cross_entropy
-from kernels.support import cross_entropy_kernel
+from core.kernels import cross_entropy_tiles as tiles
+from core.kernels.cross_entropy import linear_cross_entropy
+from core.kernels.support import cross_entropy_kernel
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 
@@ -82,7 +82,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import cross_entropy_tiles as tiles
+from core.kernels import cross_entropy_tiles as tiles
 
 types = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "losses_ptr": "*fp32", "BLOCK": "constexpr"}
 signature = {"V": "i32", "stride": "i32"} | types

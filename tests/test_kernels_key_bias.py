@@ -12,8 +12,8 @@ from torch import Tensor
 HAS_CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels.key_bias import in_blocks, key_bias_gradient
-from kernels.support import key_bias_kernel
+from core.kernels.key_bias import in_blocks, key_bias_gradient
+from core.kernels.support import key_bias_kernel
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 
@@ -64,7 +64,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import key_bias_tiles as tiles
+from core.kernels import key_bias_tiles as tiles
 
 fixed = {"D": 64, "BLOCK_D": 64, "BLOCK": tiles.BLOCK}
 types = {name: "*bf16" for name in ("q_ptr", "k_ptr", "v_ptr", "dy_ptr")} | {"c_ptr": "*fp64", "scale": "fp32"}

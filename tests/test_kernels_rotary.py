@@ -14,12 +14,12 @@ from torch import Tensor
 HAS_CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from config import load_config
-from kernels.rotary import Rotation
-from kernels.support import check_kernel, rotation_kernel
+from core.config import load_config
+from core.errors import UserError
+from core.kernels.rotary import Rotation
+from core.kernels.support import check_kernel, rotation_kernel
 from model import GPT, KVCache
 from positional import ENCODINGS, RoPE
-from system.errors import UserError
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 TURNING = ["rope", "carope", "carope_hidden", "carope_nobias"]
@@ -209,7 +209,7 @@ def test_auto_is_the_kernel_where_there_is_a_cuda_device(monkeypatch):
     """Not under the interpreter, which would take hundreds of times as long for whoever did not ask for it."""
     for has_cuda, interprets, wanted in ((True, False, Rotation), (True, True, None), (False, False, None)):
         monkeypatch.setattr("torch.cuda.is_available", lambda found=has_cuda: found)
-        monkeypatch.setattr("kernels.support.interpreted", lambda found=interprets: found)
+        monkeypatch.setattr("core.kernels.support.interpreted", lambda found=interprets: found)
         assert rotation_kernel("auto", RoPE) is wanted and rotation_kernel("eager", RoPE) is None
 
 
@@ -223,7 +223,7 @@ def test_refusals_are_one_line_before_anything_starts(small, tmp_path):
 
 
 def test_without_triton_training_is_refused_and_evaluation_goes_on(monkeypatch):
-    monkeypatch.setattr("kernels.support.INSTALLED", False)
+    monkeypatch.setattr("core.kernels.support.INSTALLED", False)
     check_kernel("auto", DEVICE)
     with pytest.raises(UserError, match=r"Triton is not installed \(pip install triton"):
         check_kernel("triton", DEVICE)
@@ -234,7 +234,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import rotary, rotary_tiles
+from core.kernels import rotary, rotary_tiles
 
 for kernel in (getattr(rotary_tiles, name) for name in vars(rotary_tiles) if name.endswith("_kernel")):
     fixed = rotary._sizes(int(sys.argv[1])) | {"INCLUSIVE": True, "NEEDS_F": True, "N": 8, "BLOCK_N": 16}

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import Hold, run_command
 
-import lab
-from evaluation.documents import load
-from experiments import jobs
-from experiments.lab_report import family, mean_and_error, render, summarize
-from system.errors import EXIT_REQUEUE, UserError
+from core.documents import load
+from core.errors import EXIT_REQUEUE, UserError
+from core.sweep import jobs
+from lab import sweep
+from lab.sweep_report import family, mean_and_error, render, summarize
 
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
@@ -29,7 +29,7 @@ SCALE = [
 def words(corpus, tmp_path) -> list[str]:
     """Two runs that take seconds."""
     grid = ["--encodings", "rope", "learned", "--seeds", "2", "--lengths", "64", "128", "--max_tokens", "2000"]
-    return ["lab.py", *grid, f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
+    return ["lab.sweep", *grid, f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
 
 
 def test_a_grid_two_runs_at_a_time_its_report_and_its_restart(words, tmp_path):
@@ -101,14 +101,14 @@ def test_it_goes_on_from_its_results_when_the_runs_are_gone(words, tmp_path):
         assert refused.returncode == 2 and message in refused.stderr and out.read_bytes() == kept
     out.write_text("[]")
     refused = run_command(*words, *more)
-    assert refused.returncode == 2 and "not a report of lab.py" in refused.stderr and out.read_text() == "[]"
+    assert refused.returncode == 2 and "not a report of lab.sweep" in refused.stderr and out.read_text() == "[]"
 
 
 @pytest.mark.slow
 def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp_path, monkeypatch):
     """By a clock that stands still until the run of the first encoding is in its third step, and then is far ahead."""
     words.append("--log_every=1")
-    hold, stop = Hold(tmp_path, "training.step:update", 3), jobs.Job.stop
+    hold, stop = Hold(tmp_path, "core.step:update", 3), jobs.Job.stop
     clock = SimpleNamespace(monotonic=lambda: 1e9 if hold.is_reached() else 0.0, sleep=time.sleep)
     for name, value in hold.env.items():
         monkeypatch.setenv(name, value)
@@ -116,7 +116,7 @@ def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp
     monkeypatch.setattr(jobs.Job, "stop", lambda job: (stop(job), hold.release()))
     monkeypatch.setattr(sys, "argv", [*words, "--minutes", "1000"])
     with pytest.raises(SystemExit) as left:
-        lab.main()
+        sweep.main()
     assert left.value.code == EXIT_REQUEUE
     assert [path.name for path in (tmp_path / "lab-rope-s2/checkpoints").iterdir()] == ["step_000003"]
     again = run_command(*words)
@@ -143,7 +143,7 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--name=x"], "lab.py gives its runs their names"),
+        (["--name=x"], "lab.sweep gives its runs their names"),
         (["--seed=3"], "see --seeds"),
         (["--encodings", "rop"], "config/rop.toml"),
         (["--jobs", "0"], "--jobs = 0: must be at least 1"),
@@ -155,14 +155,14 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words
     ],
 )
 def test_mistakes_are_refused_in_one_line(words, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lab.py", *words])
+    monkeypatch.setattr(sys, "argv", ["lab.sweep", *words])
     with pytest.raises(UserError, match=message) as caught:
-        lab.plan(*lab.parse_args())
+        sweep.plan(*sweep.parse_args())
     assert "\n" not in str(caught.value)
 
 
 def test_every_encoding_of_the_default_grid_has_its_config():
-    assert all(Path(f"config/{name}.toml").exists() for name in lab.DEFAULT) and len(set(lab.DEFAULT)) == len(lab.DEFAULT)
+    assert all(Path(f"config/{name}.toml").exists() for name in sweep.DEFAULT) and len(set(sweep.DEFAULT)) == len(sweep.DEFAULT)
 
 
 def test_means_errors_and_differences_within_a_seed():

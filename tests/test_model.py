@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_positional import build
 
-from config import load_config
-from kernels.attention import _is_one_token, attention
-from kernels.native import native
-from kernels.packed import BlockedLinear, PackedLinear, can_pack, pack
+from core.attention import _is_one_token, attention
+from core.config import load_config
+from core.kernels.native import native
+from core.kernels.packed import BlockedLinear, PackedLinear, can_pack, pack
 from model import GPT, KVCache, sample_token
 from positional import ENCODINGS
 

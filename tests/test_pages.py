@@ -30,11 +30,11 @@ TOY = {
 WORDS = [f"--{key}={value}" for key, value in TOY.items()]
 TABLE = ["--sizes", "tiny", "--encodings", "rope", "--lengths", "32", "--max_tokens", "500", *WORDS, "--steps=2"]
 MORE = {  # words that are added to a command which has these
-    "lab.py": ["--dry_run", *WORDS],
+    "lab.sweep": ["--dry_run", *WORDS],
     "table1.py --nproc": TABLE,
-    "analyze.py freq": ["--max_tokens", "2048"],
-    "analyze.py intervene": ["--max_tokens", "4096"],
-    "analyze.py tasks": ["--examples", "4"],
+    "lab.analyze freq": ["--max_tokens", "2048"],
+    "lab.analyze intervene": ["--max_tokens", "4096"],
+    "lab.analyze tasks": ["--examples", "4"],
     "eval_ppl.py": ["--max_tokens", "4096"],
     "prepare_fineweb.py demo": ["--limit_tokens", "30_000", "--val_tokens", "10_000"],
 }
@@ -88,10 +88,15 @@ def inside(checkout, monkeypatch):
 
 def call(monkeypatch, capfd, script: str, *words: str) -> None:
     """Run a script of ours in this process. Raises AssertionError, with its stderr, where it fails."""
+    if script == "-m":
+        script, *words = words
     monkeypatch.setattr(sys, "argv", [script, *words])
     code: object = 0
+    module = script.removesuffix(".py")
+    if (ROOT / module.replace(".", "/") / "__main__.py").exists():
+        module += ".__main__"
     try:
-        importlib.import_module(script.removesuffix(".py")).main()
+        importlib.import_module(module).main()
     except SystemExit as left:
         code = left.code
     assert not code, f"{script} {words}: {capfd.readouterr().err}"
@@ -109,7 +114,7 @@ def run_line(monkeypatch, capfd, line: str) -> None:
     program, *words = words_of(line)
     if program == "make":
         assert subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True).returncode == 0
-    elif program == "torchrun" or words[0] in ("-m", "launch.py"):
+    elif program == "torchrun" or words[:2] in (["-m", "core.launch"], ["-m", "pytest"]):
         command = [*(["-m", "torch.distributed.run"] if program == "torchrun" else []), *words]
         if "pytest" in words:  # the tests have their turn elsewhere
             command += ["--collect-only", "--rootdir", ROOT]
@@ -146,7 +151,7 @@ def run_page(page: str, monkeypatch, capfd) -> None:
                     run_line(monkeypatch, capfd, line)
                 DONE.add(command)
         elif "transformers" in block and not importlib.util.find_spec("transformers"):
-            continue  # pip install -r requirements-eval.txt
+            continue  # pip install -e '.[eval]'
         elif kind == "python":
             if "transformers" in block:  # the code beside the weights is copied there
                 keep_remote_code(monkeypatch, Path("modules").absolute())
@@ -164,20 +169,20 @@ def test_what_is_not_run_says_what_it_needs():
 NOT_RUN = [line for _, why_not, kind, block in BLOCKS if why_not and kind == "sh" for line in lines_of(block)]
 
 
-@pytest.mark.parametrize("line", [line for line in NOT_RUN if re.match(r"python \w+\.py|torchrun", line)])
+@pytest.mark.parametrize("line", [line for line in NOT_RUN if re.match(r"python (\w+\.py|-m (core|lab)\.)|torchrun", line)])
 def test_what_is_not_run_is_what_the_script_takes(line):
     import prepare_fineweb
-    from config import load_config
+    from core.config import load_config
 
     words = words_of(line)
-    at = next(i for i, word in enumerate(words) if word.endswith(".py") and word != "launch.py")
+    at = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("lab."))
     script, rest = words[at], words[at + 1 :]
     if script == "prepare_fineweb.py":
         prepare_fineweb.parse_args(rest)
     elif script == "train.py":
         load_config(rest)
     else:
-        mode = rest[:1] if script in ("bench.py", "analyze.py") else []
+        mode = rest[:1] if script in ("lab.bench", "lab.analyze") else []
         usage = run_command(script, *mode, "--help").stdout
         assert all(word.split("=")[0] in usage for word in rest if word.startswith("--"))
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import load_config
-from kernels.bias import overrides
+from core.bias import overrides
+from core.config import load_config
 from model import GPT, KVCache
 from positional import ENCODINGS
 

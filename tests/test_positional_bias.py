@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_positional import build
 
-from config import load_config
+from core.config import load_config
+from core.errors import UserError
 from model import GPT
 from positional.bias import alibi_slopes
-from system.errors import UserError
 
 
 def t5_bucket(distance: int, n_buckets: int = 32, max_distance: int = 128) -> int:

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, Hold, as_rank, run_command, start_command
 
 import table1
-from experiments import needs, trial
-from experiments.preflight import FOLDER, preflight
-from system.errors import UserError
+from core.errors import UserError
+from core.sweep import needs, trial
+from core.sweep.preflight import FOLDER, preflight
 
 FAULTS = Path(__file__).with_name("preflight_faults.py")
 TOY = [
@@ -76,7 +76,7 @@ def test_what_is_wrong_is_found_and_the_others_go_on(words, tmp_path):
     """Rank 1 of one run has not the memory, of another it goes astray; the disk is small; there are no data."""
     out = tmp_path / "out.json"
     command = [FAULTS, "--preflight", "--sizes", "demo", "--encodings", "learned", "nope", "rope", *words, "--json", out]
-    done = run_command("launch.py", "--nproc_per_node=2", *command, f"--data={tmp_path / 'no'}")
+    done = run_command("core.launch", "--nproc_per_node=2", *command, f"--data={tmp_path / 'no'}")
     assert done.returncode == 2 and done.stderr.startswith("error: not ready: ") and done.stderr.count("\n") == 1, done.stderr
     found = json.loads(out.read_text())
     learned, nope, rope = found["results"]
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_found_and_the_others_go_on(words, tmp_path):
 
 def test_a_signal_leaves_nothing_behind(words, tmp_path, tmp_path_factory):
     """In the second of two runs: the folder of the first one's checkpoint is there."""
-    hold = Hold(tmp_path_factory.mktemp("hold"), "experiments.trial:take_steps", 2)
+    hold = Hold(tmp_path_factory.mktemp("hold"), "core.sweep.trial:take_steps", 2)
     command = ["--nproc", "2", "--preflight", "--sizes", "demo", "--encodings", "rope", "carope", *words]
     child = start_command("table1.py", *command, env=hold.env)
     hold.reached(child)

@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare_fineweb
-from system.errors import UserError
+from core.errors import UserError
 from text import corpus
 from text.sources import LocalFiles
 from text.tokenizer import load_tokenizer

@@ -17,9 +17,9 @@ from conftest import wait_until
 from hub import COMMIT, Fault, contents, run, serving_files, start
 
 import prepare_fineweb
-from config import load_config
-from data import TokenStream
-from system.errors import UserError
+from core.config import load_config
+from core.data import TokenStream
+from core.errors import UserError
 from text import pretokenized
 from text.shards import open_shard
 from train import train

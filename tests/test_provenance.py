@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_command
 
+from core.provenance import source_of
 from positional import ENCODINGS
-from training.provenance import source_of
 
-COMMIT = "from training.provenance import git_version; print(git_version())"
-SOURCES = "import json; from training.provenance import *; print(json.dumps({name: source_of(name) for name in ENCODINGS}))"
+COMMIT = "from core.provenance import git_version; print(git_version())"
+SOURCES = "import json; from core.provenance import *; print(json.dumps({name: source_of(name) for name in ENCODINGS}))"
 
 
 def git(folder: Path, *words: str) -> str:
@@ -40,9 +40,8 @@ def copy(tmp_path) -> Path:
     """A copy of the source, without .git, in a folder that the repository around it ignores."""
     (tmp_path / ".gitignore").write_text("copy\n")
     folder = tmp_path / "copy"
-    for name in ("positional", "system", "training"):
+    for name in ("positional", "core"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "distributed.py", folder)
     return folder
 
 
@@ -53,7 +52,7 @@ def test_another_projects_commit_is_not_ours(copy):
     mine = commit_all(copy)
     assert mine != around and asked(copy) == mine
     assert asked(copy, GIT_DIR=str(copy.parent / ".git"), GIT_WORK_TREE=str(copy.parent), GIT_INDEX_FILE="/nowhere") == mine
-    (copy / "distributed.py").write_text("import torch\n" + (copy / "distributed.py").read_text())
+    (copy / "core/distributed.py").write_text("import torch\n" + (copy / "core/distributed.py").read_text())
     assert asked(copy) == f"{mine}-dirty"
 
 

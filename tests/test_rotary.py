@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_positional import build, tokens
 
-from config import load_config
-from kernels.support import rotation_kernel
+from core.config import load_config
+from core.errors import UserError
+from core.kernels.support import rotation_kernel
 from model import GPT
 from positional import ENCODINGS
 from positional.base import once
 from positional.linear import narrow_linear
 from positional.rotation import turn_pairs
-from system.errors import UserError
 
 CAROPE = sorted(name for name in ENCODINGS if name.startswith("carope"))
 

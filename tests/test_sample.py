@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import run_command
 
-from training.checkpoint import sealed
+from core.checkpoint import sealed
 
 
 def test_prompts_samples_and_seeds(runs, tmp_path):

@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: a model held to hand-computed values and limits; bench.py overlap: what it reads out of a trace."""
+"""core/sweep/scaling.py: a model held to hand-computed values and limits; lab.bench overlap: what it reads out of a trace."""
 
 import json
 import math
@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, run_command, torchrun
 
-from bench import parse_args
-from benchmarks.overlap_speed import analyze, union
-from benchmarks.scaling import (
+from core.config import Config, load_config
+from core.errors import UserError
+from core.sweep.scaling import (
     ADAMW_BYTES,
     CHECKPOINT_BYTES,
     EVALUATION_SET,
@@ -29,10 +29,10 @@ from benchmarks.scaling import (
     split,
     summary,
 )
-from config import Config, load_config
+from lab.bench.__main__ import parse_args
+from lab.bench.overlap import analyze, union
 from model import GPT
 from positional import ENCODINGS
-from system.errors import UserError
 
 SMALL = load_config([str(ROOT / "config/small.toml")])
 TINY = load_config([str(ROOT / "config/tiny.toml")])
@@ -167,7 +167,7 @@ def test_what_is_left_of_a_run_and_what_cannot_be_split():
 
 
 def test_the_assumed_rate_is_40_percent_of_the_peak_that_mfu_counts_from():
-    from distributed import PEAK_TFLOPS
+    from core.distributed import PEAK_TFLOPS
 
     assert PEAK_TFLOPS["H100"] * 1e12 == H100_FLOPS and Machine().flops == 0.4 * H100_FLOPS
 
@@ -205,7 +205,7 @@ def test_no_file_or_another_one_leaves_the_assumption(text, tmp_path):
 
 def test_bench_scaling_prints_the_table_and_the_same_as_json(tmp_path):
     done = run_command(
-        "bench.py", "scaling", "config/small.toml", "--gpus", 1, 8, 16, "--tflops", 100, "--json", tmp_path / "x"
+        "lab.bench", "scaling", "config/small.toml", "--gpus", 1, 8, 16, "--tflops", 100, "--json", tmp_path / "x"
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -236,7 +236,7 @@ def test_refusals(words, message, monkeypatch):
 
 
 def test_a_refusal_is_one_line():
-    done = run_command("bench.py", "scaling", "config/small.toml", "--gpus", "3")
+    done = run_command("lab.bench", "scaling", "config/small.toml", "--gpus", "3")
     assert done.returncode == 2 and done.stderr.startswith("error: gpus = 3") and done.stderr.count("\n") == 1
 
 
@@ -290,7 +290,7 @@ def test_the_exchange_of_two_ranks_is_seen_and_its_buckets_are_the_models():
     """One bucket leaves nothing to hide it behind; small ones begin while backward goes on."""
     model = ["--n_layer=4", "--n_embd=128", "--micro_batch=4", "--tokens_per_step=1024", "--device=cpu"]
     words = ["--bucket_mb", "0.25", "100", "--rounds", "2", "--traced", "2"]
-    done = torchrun(2, "bench.py", "overlap", "config/demo.toml", *model, *words)
+    done = torchrun(2, "lab.bench", "overlap", "config/demo.toml", *model, *words)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1 and done.stdout.endswith(lines[0] + "\n")  # rank 0 alone prints

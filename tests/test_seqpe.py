@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_positional import build, tokens
 
-from config import load_config
-from system.errors import UserError
+from core.config import load_config
+from core.errors import UserError
 
 
 @pytest.mark.parametrize(("base", "digits"), [(10, 5), (2, 12), (16, 3)])

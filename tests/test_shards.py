@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system.errors import UserError
-from system.files import atomic_write, sha256_file, write_json
+from core.errors import UserError
+from core.files import atomic_write, sha256_file, write_json
 from text.shards import MANIFEST, ShardWriter, find_shards, open_shard, read_manifest, write_shard
 
 ROOT = Path(__file__).parent.parent

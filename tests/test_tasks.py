@@ -1,4 +1,4 @@
-"""analyze.py tasks: they can be solved and not guessed, the right tokens are scored, runs trained on them do better."""
+"""lab.analyze tasks: they can be solved and not guessed, the right tokens are scored, runs trained on them do better."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_positional import build, tokens
 
-import analyze
-from analysis import task_data, tasks
-from analysis.task_data import SHORTEST, TASKS, VOCABULARIES, Example, block, example, ids_of
-from config import load_config
-from experiments import tasks_report
+import lab.analyze.__main__ as analyze
+from core.config import load_config
+from core.errors import UserError
+from lab import tasks_report
+from lab.analyze import task_data, tasks
+from lab.analyze.task_data import SHORTEST, TASKS, VOCABULARIES, Example, block, example, ids_of
 from positional import ENCODINGS
-from system.errors import UserError
 from text.shards import find_shards, open_shard, read_manifest
 from text.tokenizer import load_tokenizer
 from train import train
@@ -112,7 +112,7 @@ def test_a_grade_is_that_of_a_softmax_over_the_choices(b, a, k, data):
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 @pytest.mark.parametrize("n_answers", [1, 7])
 def test_the_logits_are_the_models_own_at_the_answers(encoding, n_answers, monkeypatch):
-    monkeypatch.setattr("evaluation.windows.PIECE", 4)  # with a cache, where the encoding makes its weights itself
+    monkeypatch.setattr("core.windows.PIECE", 4)  # with a cache, where the encoding makes its weights itself
     model, idx, choices_K = build(encoding), tokens(32), torch.tensor([7, 3, 60])
     with torch.no_grad():
         expected = model(idx)[:, -n_answers:][..., choices_K]
@@ -151,7 +151,7 @@ def test_depths_are_spread_and_binned():
 
 def write(folder, *words: object):
     """A folder of examples to train on, as the command writes it."""
-    done = run_command("analyze.py", "tasks", "--write_shards", folder, "--tokenizer", "bytes", *words)
+    done = run_command("lab.analyze", "tasks", "--write_shards", folder, "--tokenizer", "bytes", *words)
     assert done.returncode == 0, done.stderr
     assert f"--data={folder} --block_size={words[1]}" in done.stdout
     return folder
@@ -199,7 +199,7 @@ def test_a_run_trained_on_them_does_better_than_a_guess(tmp_path):
     data = write(tmp_path / "data", "--length", 16, "--tokens", 200_000, "--tasks", "copy")
     run_of("rope", data, tmp_path, block_size=16, steps=240, warmup_steps=10)
     words = ["--examples", 200, "--factors", 1, 4, "--tasks", "copy", "--device", "cpu", "--out", tmp_path]
-    done = run_command("analyze.py", "tasks", tmp_path / "rope", *words)
+    done = run_command("lab.analyze", "tasks", tmp_path / "rope", *words)
     assert done.returncode == 0, done.stderr
     near, far = measured(tmp_path)["rope"].values()
     assert near["accuracy"] > 0.3 and near["nll"] < math.log(26) - 1 and near["stderr"] < 0.1
@@ -210,7 +210,7 @@ def test_the_command_and_its_files(runs, corpus, tmp_path):
     for encoding in ("rope", "alibi"):
         run_of(encoding, corpus, tmp_path)
     paths = [tmp_path / "rope", runs / "learned", runs / "carope", tmp_path / "alibi"]
-    done = run_command("analyze.py", "tasks", *paths, "--examples", 8, "--device", "cpu", "--out", tmp_path)
+    done = run_command("lab.analyze", "tasks", *paths, "--examples", 8, "--device", "cpu", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found, factors = measured(tmp_path), (1, 2, 4, 8, 16)
     assert list(found) == ["rope", "learned", "carope", "alibi"]
@@ -246,7 +246,7 @@ def test_the_command_and_its_files(runs, corpus, tmp_path):
 )
 def test_a_mistake_is_one_line(words, message, runs, shards, tmp_path, monkeypatch, capsys):
     places = {"RUN": runs / "learned", "SHARDS": shards, "new": tmp_path / "new", "nowhere": "nowhere"}
-    monkeypatch.setattr(sys, "argv", ["analyze.py", "tasks", *(str(places.get(word, word)) for word in words)])
+    monkeypatch.setattr(sys, "argv", ["lab.analyze", "tasks", *(str(places.get(word, word)) for word in words)])
     with pytest.raises(SystemExit) as leave:
         analyze.main()
     said = capsys.readouterr().err

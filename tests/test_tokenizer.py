@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system.errors import UserError
+from core.errors import UserError
 from text.tokenizer import TOKENIZERS, load_tokenizer, repair_surrogates
 
 ROOT = Path(__file__).parent.parent

@@ -13,14 +13,14 @@ import torch
 from conftest import assert_same_run, records, run_command, torchrun
 from safetensors.torch import load_file
 
-from config import load_config
+from core.checkpoint import list_checkpoints, newest_checkpoint
+from core.config import load_config
+from core.errors import UserError
+from core.optim import learning_rate, make_optimizer
+from core.trackers import TensorBoard, put_before_now
 from model import GPT
 from positional import ENCODINGS
-from system.errors import UserError
 from train import train
-from training.checkpoint import list_checkpoints, newest_checkpoint
-from training.optim import learning_rate, make_optimizer
-from training.trackers import TensorBoard, put_before_now
 
 WORDS = ["--encoding=carope", "--name=r"]
 

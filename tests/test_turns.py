@@ -1,8 +1,8 @@
-"""benchmarks/turns.py: who is ready in time takes one turn a round, and what goes wrong with one stays with it."""
+"""lab/bench/turns.py: who is ready in time takes one turn a round, and what goes wrong with one stays with it."""
 
 import pytest
 
-from benchmarks.turns import Candidate, start_all, take_turns
+from lab.bench.turns import Candidate, start_all, take_turns
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import obey_modes, run_command
 
-from system.errors import UserError
-from training.checkpoint import Unreadable, list_checkpoints, newest_checkpoint, prune_checkpoints
+from core.checkpoint import Unreadable, list_checkpoints, newest_checkpoint, prune_checkpoints
+from core.errors import UserError
 
 NEWEST = "checkpoints/step_000008"
 
@@ -91,7 +91,7 @@ def test_a_disk_that_fails_is_no_damage(run, monkeypatch, error):
     def refuse(path: Path) -> str:
         raise OSError(error, os.strerror(error), str(path))
 
-    monkeypatch.setattr("training.checkpoint.sha256_file", refuse)
+    monkeypatch.setattr("core.checkpoint.sha256_file", refuse)
     with pytest.raises(Unreadable, match=os.strerror(error)):
         newest_checkpoint(run)
     assert issubclass(Unreadable, UserError)
@@ -101,7 +101,7 @@ def test_a_disk_that_fails_is_no_damage(run, monkeypatch, error):
 @pytest.mark.parametrize("umask", [0o002, 0o077])
 def test_modes_follow_the_umask(small, tmp_path, umask):
     words = [*small, "--encoding=rope", "--name=r", "--steps=2", "--save_every=1"]
-    for command in (["train.py", *words], ["export_hf.py", tmp_path / "r", tmp_path / "exported"]):
+    for command in (["train.py", *words], ["lab.export_hf", tmp_path / "r", tmp_path / "exported"]):
         done = run_command(*command, real=True, umask=umask)
         assert done.returncode == 0, done.stderr
     made = [path for folder in ("r", "exported") for path in (tmp_path / folder, *(tmp_path / folder).rglob("*"))]

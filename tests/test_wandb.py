@@ -17,17 +17,17 @@ import wandb
 import wandb_server
 from conftest import Hold, logged, records, run_command, start_command
 
-from config import load_config
-from distributed import Distributed
+from core import upload as upload_module
+from core.config import load_config
+from core.distributed import Distributed
+from core.errors import UserError
+from core.files import locked
+from core.sweep.plan import Entry
+from core.trackers import WANDB_ID, start_wandb, wandb_history
+from core.upload import COLUMNS, summary_key, tracked, upload
 from eval_ppl import evaluate_run
-from experiments.plan import Entry
-from system.errors import UserError
-from system.files import locked
 from table1 import share, train_and_evaluate
 from train import train
-from training import upload as upload_module
-from training.trackers import WANDB_ID, start_wandb, wandb_history
-from training.upload import COLUMNS, summary_key, tracked, upload
 
 WORDS = ["--encoding=carope", "--name=r"]
 LONGER = [*WORDS, "--micro_batch=16", "--steps=40", "--save_every=40", "--eval_every=20"]
@@ -81,7 +81,7 @@ def test_online_a_run_goes_on_under_its_id_and_gets_its_perplexities(small, tmp_
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path)
         words = [*small, *LONGER, "--wandb=online", "--wandb_project=p"]
-        hold = Hold(tmp_path, "training.step:update", 20)
+        hold = Hold(tmp_path, "core.step:update", 20)
         child = start_command("train.py", *words, env=env | hold.env)
         hold.reached(child)
         ((run_id, stored),) = server.runs.items()
@@ -146,7 +146,7 @@ def test_a_server_that_goes_away_stops_no_training(small, tmp_path):
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path) | {"WANDB_FINISH_TIMEOUT": "3"}
         words = [*small, *LONGER, "--wandb=online"]
-        hold = Hold(tmp_path, "training.step:update", 20)
+        hold = Hold(tmp_path, "core.step:update", 20)
         child = start_command("train.py", *words, env=env | hold.env)
         hold.reached(child)
         server.die()

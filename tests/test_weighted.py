@@ -8,11 +8,11 @@ import torch
 from test_export import saved
 from test_positional import build
 
-from config import Config
+from core.checkpoint import load_model, sealed
+from core.config import Config
+from core.errors import UserError
+from core.run import check_same
 from positional.path import transformed_logits
-from system.errors import UserError
-from training.checkpoint import load_model, sealed
-from training.run import check_same
 
 D = 16  # of `build`'s two heads
 N = 9
@@ -110,7 +110,7 @@ def test_urpe_multiplies_by_a_factor_of_the_distance_clamped_to_the_table(T):
 
 
 def test_urpe_starts_as_nope():
-    from config import load_config
+    from core.config import load_config
     from model import GPT
 
     words = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--vocab_size=97", "--block_size=32"]

@@ -83,7 +83,7 @@ def test_preparation_training_and_evaluation_need_nothing_that_windows_lacks(win
 
 
 def test_a_folder_is_locked_without_flock_too(windows, tmp_path):
-    held = "from pathlib import Path; from system.files import locked\nwith locked(Path('{}')): {}"
+    held = "from pathlib import Path; from core.files import locked\nwith locked(Path('{}')): {}"
     command = [sys.executable, "-c", held.format(tmp_path / "f", "print('in', flush=True); input()")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     first = ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=os.environ | windows, **pipes))

@@ -1,10 +1,10 @@
-"""A candidate of benchmarks/turns.py that does as its job says."""
+"""A candidate of lab/bench/turns.py that does as its job says."""
 
 import json
 import sys
 import time
 
-from benchmarks.turns import own_stdout, serve
+from lab.bench.turns import own_stdout, serve
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from system.errors import UserError
+from core.errors import UserError
 
 PIECE_CHARS = 1 << 18  # longer documents are cut
 PARQUET_BATCH_BYTES = 4 << 20  # text decoded at a time, where documents are of one length,

@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from system.console import no_bar
-from system.errors import UserError
-from system.files import sha256_file
+from core.console import no_bar
+from core.errors import UserError
+from core.files import sha256_file
 from text.corpus import one_line
 from text.sources import SourceFile
 

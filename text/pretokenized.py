@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from system.console import quiet, remark
-from system.errors import UserError
-from system.files import locked, put_in_place, sha256_file, write_json
+from core.console import quiet, remark
+from core.errors import UserError
+from core.files import locked, put_in_place, sha256_file, write_json
 from text.hub import HUB, HubFiles, difference
 from text.progress import gigabytes
 from text.shards import (

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from system.console import quiet
+from core.console import quiet
 
 
 def gigabytes(n_bytes: int) -> str:

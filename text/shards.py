@@ -18,8 +18,8 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
-from system.errors import UserError
-from system.files import fsync_folder, sha256_file
+from core.errors import UserError
+from core.files import fsync_folder, sha256_file
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS

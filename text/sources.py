@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from system.console import given_path
-from system.errors import UserError
+from core.console import given_path
+from core.errors import UserError
 from text.corpus import SUFFIX, demo_documents, stdlib_files, text_bytes
 
 DEMO_TEXT_BYTES = 2_100_000

@@ -18,8 +18,8 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from system.errors import UserError
-from system.files import write_json
+from core.errors import UserError
+from core.files import write_json
 from text.corpus import Piece, read_pieces
 from text.shards import HEADER_BYTES, MANIFEST, SHARD_SUFFIXES, ShardEntry, ShardWriter, first_error, read_manifest
 from text.sources import Source

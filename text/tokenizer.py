@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from system.errors import UserError
+from core.errors import UserError
 
 TOKENIZERS = ("gpt2", "bytes")
 EOT = "<|endoftext|>"

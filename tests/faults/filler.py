@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-from training import checkpoint
+from core import checkpoint
 
 write = checkpoint.write_checkpoint
 

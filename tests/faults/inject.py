@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-import data
 import train
+from core import data
+from core.errors import command
 from model import GPT
-from system.errors import command
 
 WHAT, RANK, STEP, MICRO = (*os.environ["INJECT"].split(), "0", "0", "0")[:4]
 PATIENCE_S = os.environ.get("INJECT_PATIENCE_S")

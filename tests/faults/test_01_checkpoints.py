@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import Hold, assert_same_run, records, run_command, spread, start_command
 
-from config import load_config
+from core import checkpoint
+from core.checkpoint import CheckpointWriter, State, list_checkpoints, newest_checkpoint
+from core.config import load_config
+from core.errors import UserError
+from core.optim import make_optimizer
 from model import GPT
-from system.errors import UserError
 from train import train
-from training import checkpoint
-from training.checkpoint import CheckpointWriter, State, list_checkpoints, newest_checkpoint
-from training.optim import make_optimizer
 
 WORDS = ["--encoding=carope", "--name=r"]
 
@@ -31,7 +31,7 @@ def test_a_kill_in_the_middle_of_a_save(fault, small, tmp_path, mode):
     newest = []
     # Of one save are two, one and two calls; and one of "sealed" of a start, to check the checkpoint from which it continues
     for function, nth in (("save_file", 4), ("sealed", 3), ("fsync_folder", 3)):
-        hold = Hold(tmp_path, f"training.checkpoint:{function}", nth)
+        hold = Hold(tmp_path, f"core.checkpoint:{function}", nth)
         child = start_command("train.py", *words, env=hold.env)
         hold.reached(child)
         os.killpg(child.pid, signal.SIGKILL)

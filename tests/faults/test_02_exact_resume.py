@@ -8,15 +8,15 @@ import psutil
 import pytest
 from conftest import Hold, assert_same_run, records, run_command, start_command
 
-from config import load_config
+from core.config import load_config
+from core.trackers import wandb_history
 from train import train
-from training.trackers import wandb_history
 
 WORDS = ["--encoding=carope"]
 
 
 def launch(ranks: int, *words: str) -> None:
-    launcher = ["launch.py", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = ["core.launch", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     done = run_command(*launcher, "train.py", *words)
     assert done.returncode == 0, done.stderr
 
@@ -27,8 +27,8 @@ def launch(ranks: int, *words: str) -> None:
 def test_a_killed_run_ends_bit_for_bit_like_another(fault, small, tmp_path, ranks, dtype):
     happened = fault(f"kill -9 of every process in step 19, {ranks} rank(s), {dtype}, compile off")
     words = [*small, *WORDS, f"--dtype={dtype}", "--steps=30", "--save_every=7", "--compile=off"]
-    launcher = ["launch.py", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    hold = Hold(tmp_path, "training.step:update", 20)
+    launcher = ["core.launch", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    hold = Hold(tmp_path, "core.step:update", 20)
     child = start_command(*launcher, "train.py", *words, "--name=parts", env=hold.env, real=True)
     hold.reached(child)
     for process in [*psutil.Process(child.pid).children(recursive=True), child]:
@@ -67,7 +67,7 @@ def test_other_numbers_of_ranks_see_the_same_batches(fault, small, tmp_path):
 def test_wandb_and_tensorboard_go_on_without_gap_or_repetition(fault, small, tmp_path, number):
     happened = fault(f"{number.name} in the middle of a run that logs to wandb (offline) and TensorBoard")
     words = [*small, *WORDS, "--name=r", "--steps=200", "--save_every=40", "--wandb=offline", "--tensorboard=true"]
-    hold = Hold(tmp_path, "training.step:update", 120)  # well beyond a checkpoint
+    hold = Hold(tmp_path, "core.step:update", 120)  # well beyond a checkpoint
     child = start_command("train.py", *words, env=hold.env)
     hold.reached(child)
     child.send_signal(number)

@@ -9,11 +9,11 @@ import psutil
 import pytest
 from conftest import Hold, assert_same_run, logged, records, run_command, start_command, wait_until
 
-from system.errors import EXIT_REQUEUE
-from training.checkpoint import newest_checkpoint
+from core.checkpoint import newest_checkpoint
+from core.errors import EXIT_REQUEUE
 
 WORDS = ["--encoding=carope", "--name=r", "--steps=100000", "--save_every=100000", "--eval_every=100000"]
-LAUNCHERS = {"alone": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"], "launch.py": ["launch.py"]}
+LAUNCHERS = {"alone": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"], "core.launch": ["core.launch"]}
 TWO = "--nproc_per_node=2"
 
 
@@ -47,9 +47,9 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("launcher", ["alone", pytest.param("launch.py", marks=SLOW)])
+@pytest.mark.parametrize("launcher", ["alone", pytest.param("core.launch", marks=SLOW)])
 def test_a_signal_saves_and_leaves(fault, small, tmp_path, number, launcher):
-    happened = fault(f"{number.name} to train.py, {launcher.replace('launch.py', 'two ranks under launch.py')}")
+    happened = fault(f"{number.name} to train.py, {launcher.replace('core.launch', 'two ranks under core.launch')}")
     child = start(launcher, *small, *WORDS)
     wait_until(child, lambda: logged(tmp_path / "r") > 5)
     child.send_signal(number)
@@ -88,7 +88,7 @@ def test_a_signal_to_torchrun_or_one_rank_saves_on_all(fault, small, tmp_path, n
 
 def test_signals_during_the_save_lose_nothing(fault, small, tmp_path):
     happened = fault("ten SIGTERMs while a checkpoint is being written, one rank")
-    run, hold = tmp_path / "r", Hold(tmp_path, "training.checkpoint:save_file", 2)  # the weights are written
+    run, hold = tmp_path / "r", Hold(tmp_path, "core.checkpoint:save_file", 2)  # the weights are written
     child = start("alone", *small, *WORDS, env=hold.env)
     wait_until(child, lambda: logged(run) > 2)
     child.send_signal(signal.SIGTERM)
@@ -109,7 +109,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(fault, small, t
     """Step 8 is the last: the weights are final, what remains is the evaluation, and the next start makes up for it."""
     happened = fault(f"SIGTERM in the evaluation of step {step} of 8")
     words, run = [*small, "--encoding=carope"], tmp_path / "r"
-    hold = Hold(tmp_path, "evaluation.windows:Windows.read", 8 * step + 10)  # each evaluation but the last has 32 batches
+    hold = Hold(tmp_path, "core.windows:Windows.read", 8 * step + 10)  # each evaluation but the last has 32 batches
     child = start("alone", *words, "--name=r", env=hold.env)
     hold.reached(child)
     child.send_signal(signal.SIGTERM)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import assert_same_run, newest_sums, run_command, spread, start_command
 
-from training.checkpoint import list_checkpoints
+from core.checkpoint import list_checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3000)]
 KILLS = 25
@@ -65,7 +65,7 @@ def strike(child, target: str, rng: random.Random) -> None:
 def test_training_on_two_ranks(fault, small, tmp_path):
     happened = fault(f"{KILLS} SIGKILLs of training on two ranks: all at once, a rank, the launcher; starting, at work, saving")
     rng, run = random.Random(SEED), tmp_path / "r"
-    words = ["launch.py", "--nproc_per_node=2", "train.py", *small, "--encoding=carope", "--steps=1300", "--save_every=5"]
+    words = ["core.launch", "--nproc_per_node=2", "train.py", *small, "--encoding=carope", "--steps=1300", "--save_every=5"]
     words += ["--n_embd=192", "--eval_every=100", "--keep_checkpoints=2"]
     struck: dict[str, int] = {}
     kept: list[int] = []

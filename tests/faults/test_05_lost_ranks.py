@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, assert_same_run, ends_with_the_test, run_command, torchrun
 from torch.distributed import TCPStore
 
-from system.errors import EXIT_LOST_RANK
-from training.checkpoint import newest_checkpoint
+from core.checkpoint import newest_checkpoint
+from core.errors import EXIT_LOST_RANK
 
 INJECT = Path(__file__).with_name("inject.py")
 WORDS = ["--encoding=carope", "--save_every=2"]
@@ -28,7 +28,7 @@ def inject(what: str, launcher: list[str], *args: object):
 def test_a_rank_that_dies_is_named(fault, small, rank):
     happened = fault(f"SIGKILL of rank {rank} of two at step 5")
     begun = time.monotonic()
-    done = inject(f"die {rank} 5", ["launch.py"], *small, *WORDS, "--name=r")
+    done = inject(f"die {rank} 5", ["core.launch"], *small, *WORDS, "--name=r")
     assert done.returncode == 128 + 9, done.stderr
     assert f"error: local rank {rank} was killed by SIGKILL" in done.stderr
     happened("the launcher names the rank, ends the other and exits with 137", run_s=round(time.monotonic() - begun, 1))
@@ -69,7 +69,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(fault, small, what):
     kind = {"sleep": "waits for ever for its data", "stop": "is stopped (SIGSTOP), as by a dying node"}[what]
     happened = fault(f"rank 1 of two {kind} at step 5, --dist_timeout={PATIENCE_S}")
     begun = time.monotonic()
-    done = inject(f"{what} 1 5", ["launch.py"], *small, *WORDS, "--name=r")
+    done = inject(f"{what} 1 5", ["core.launch"], *small, *WORDS, "--name=r")
     seconds = time.monotonic() - begun
     line = next(line for line in done.stderr.splitlines() if line.startswith("error: rank"))
     verb = {"sleep": "hangs", "stop": "is gone"}[what]
@@ -87,7 +87,7 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_p
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
     done = inject(f"{what} 1 5", torchrun, *small, *WORDS, "--name=r")
     assert done.returncode == 0, done.stderr
-    whole = inject("nothing", ["launch.py"], *small, *WORDS, "--name=whole")
+    whole = inject("nothing", ["core.launch"], *small, *WORDS, "--name=whole")
     assert whole.returncode == 0, whole.stderr
     assert_same_run(tmp_path / "r", tmp_path / "whole")
     happened("it went on from step 4 by itself; weights, optimizer and log equal an undisturbed run to the last bit")
@@ -95,7 +95,7 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(fault, small, tmp_p
 
 REFUSED = """
 import os, time
-from system.errors import UserError, command
+from core.errors import UserError, command
 
 @command
 def main():
@@ -109,7 +109,7 @@ main()
 def test_the_rank_that_says_why_may_be_the_slower_one(tmp_path):
     """torchrun ends all ranks as soon as one has ended."""
     (tmp_path / "refused.py").write_text(REFUSED)
-    done = run_command("launch.py", "--nproc_per_node=2", tmp_path / "refused.py", env={"PYTHONPATH": str(ROOT)})
+    done = run_command("core.launch", "--nproc_per_node=2", tmp_path / "refused.py", env={"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stderr) == (2, "error: this is why\n")
 
 

@@ -10,19 +10,19 @@ import torch
 from conftest import newest_sums, records, run_command
 from safetensors.torch import load_file
 
-from config import load_config
+from core.checkpoint import list_checkpoints, newest_checkpoint
+from core.config import load_config
+from core.errors import UserError
+from core.guard import Guard
 from model import GPT
-from system.errors import UserError
 from train import train
-from training.checkpoint import list_checkpoints, newest_checkpoint
-from training.guard import Guard
 
 INJECT = Path(__file__).with_name("inject.py")
 WORDS = ["--encoding=carope", "--name=r", "--save_every=2"]
 
 
 def inject(what: str, *args: object, ranks: int = 0):
-    launcher = ["launch.py", f"--nproc_per_node={ranks}"] if ranks else []
+    launcher = ["core.launch", f"--nproc_per_node={ranks}"] if ranks else []
     return run_command(*launcher, INJECT, *args, env={"INJECT": what})
 
 

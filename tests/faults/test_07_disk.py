@@ -11,10 +11,10 @@ import pytest
 from conftest import assert_same_run, run_command
 from filler import fill
 
-from config import load_config
-from system.errors import UserError
+from core.checkpoint import newest_checkpoint
+from core.config import load_config
+from core.errors import UserError
 from train import train
-from training.checkpoint import newest_checkpoint
 
 FILLER = Path(__file__).with_name("filler.py")
 WORDS = ["--encoding=carope", "--name=r"]
@@ -43,7 +43,7 @@ def limited(megabytes: float):
 def test_a_disk_that_fills_up_during_a_checkpoint(fault, small, tmp_path, ranks):
     """The first checkpoint of 13 MB fits, then something else takes the space; when that is gone the run ends as any other."""
     happened = fault(f"the disk is full in the middle of a checkpoint, {ranks} rank(s)")
-    launcher = ["launch.py", "--nproc_per_node=2"] if ranks == 2 else []
+    launcher = ["core.launch", "--nproc_per_node=2"] if ranks == 2 else []
     words = [*small, *WORDS, "--n_embd=192", "--n_layer=2", "--keep_checkpoints=1", f"--out_dir={tmp_path / 'disk'}"]
     with small_disk(tmp_path / "disk", 64) as mounted:
         run, filler = tmp_path / "disk/r", tmp_path / "disk/filler"
@@ -69,7 +69,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint(fault, small, tmp_path, ranks)
 
 def test_a_disk_that_is_too_small_is_seen_before(fault, small, tmp_path, monkeypatch):
     happened = fault("space for two checkpoints where four are needed")
-    from training import checkpoint
+    from core import checkpoint
 
     monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 1_000_000)
     with pytest.raises(UserError) as error:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import assert_same_run, logged, run_command
 
-from config import load_config
-from system.errors import UserError
+from core.checkpoint import list_checkpoints, newest_checkpoint
+from core.config import load_config
+from core.errors import UserError
 from text.shards import HEADER_BYTES, HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard, write_shard
 from train import train
-from training.checkpoint import list_checkpoints, newest_checkpoint
 
 SIZES = {"val_000000": 3000, "train_000001": 5000, "train_000002": 4000, "train_000003": 2000}
 SAVE = {".bin": write_shard, ".npy": np.save}

@@ -7,12 +7,12 @@ import subprocess
 import pytest
 from conftest import Hold, logged, run_command, start_command, wait_until
 
-from config import load_config
-from system import files
-from system.errors import UserError
+from core import files
+from core import run as run_module
+from core.checkpoint import list_checkpoints
+from core.config import load_config
+from core.errors import UserError
 from train import train
-from training import run as run_module
-from training.checkpoint import list_checkpoints
 
 
 def starts(run) -> int:
@@ -56,7 +56,7 @@ def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
     child.communicate()
     holder = start_command("-c", HOLD, tmp_path / "r", stdin=subprocess.PIPE)
     wait_until(holder, lambda: (tmp_path / "r/held").exists())
-    second_try = Hold(tmp_path, "system.files:_lock", 2)
+    second_try = Hold(tmp_path, "core.files:_lock", 2)
     after = start_command("train.py", *words, "--steps=100000", env=second_try.env)
     second_try.reached(after)
     holder.communicate()
@@ -91,7 +91,7 @@ def test_a_folder_that_goes_with_its_owner_is_made_again(tmp_path, monkeypatch):
 HOLD = """
 import sys
 from pathlib import Path
-from system.files import locked
+from core.files import locked
 with locked(Path(sys.argv[1])):
     (Path(sys.argv[1]) / "held").touch()
     sys.stdin.read()

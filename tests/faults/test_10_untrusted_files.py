@@ -20,18 +20,18 @@ from safetensors.torch import load_file, save_file
 
 import eval_ppl
 import sample
-from config import load_config
-from data import TokenStream
-from distributed import Distributed
+from core.checkpoint import MODEL, OPTIMIZER, STATE, load_model, sealed
+from core.config import load_config
+from core.data import TokenStream
+from core.distributed import Distributed
+from core.errors import UserError
+from core.files import LOCK
 from eval_ppl import evaluate_run
 from prepare_fineweb import Job, prepare
-from system.errors import UserError
-from system.files import LOCK
 from text.shards import HEADER_BYTES, MANIFEST, write_shard
 from text.sources import open_source
 from text.token_stream import PROGRESS
 from train import train
-from training.checkpoint import MODEL, OPTIMIZER, STATE, load_model, sealed
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 NEWEST = "r/checkpoints/step_000004"

@@ -22,15 +22,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from config import Config, load_config, to_toml
-from data import ShardRecord, TokenStream
-from model import GPT
-from positional import ENCODINGS
-from system.errors import UserError
-from system.files import locked, sha256_file
-from text.shards import HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard, write_shard
-from text.token_stream import PROGRESS, intact, read_earlier
-from training.checkpoint import (
+from core.checkpoint import (
     MODEL,
     OPTIMIZER,
     STATE,
@@ -41,7 +33,15 @@ from training.checkpoint import (
     sealed,
     write_checkpoint,
 )
-from training.optim import make_optimizer
+from core.config import Config, load_config, to_toml
+from core.data import ShardRecord, TokenStream
+from core.errors import UserError
+from core.files import locked, sha256_file
+from core.optim import make_optimizer
+from model import GPT
+from positional import ENCODINGS
+from text.shards import HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard, write_shard
+from text.token_stream import PROGRESS, intact, read_earlier
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]  # a value that makes a loop endless is a bug, too
 
@@ -583,7 +583,7 @@ def test_any_state(fault, copied):
     "text", ["[]", "3", "[" * 100_000, '"\\ud800"', "", "\0", '{"step": 4}', '{"step": ' + "9" * 5000 + "}"]
 )
 def test_a_run_whose_older_checkpoint_has_another_state(fault, copied, text):
-    from training.checkpoint import find_checkpoint, prune_checkpoints
+    from core.checkpoint import find_checkpoint, prune_checkpoints
 
     happened, tally = (
         fault(f"state.json of one of two checkpoints is {text[:20]!r}; both are weighed when old ones are deleted"),
@@ -701,7 +701,7 @@ def test_any_optimizer_state(fault, copied):
 
 def test_a_bit_flipped_anywhere_in_a_checkpoint_is_refused(fault, copied):
     happened, tally = fault("a bit flipped in model.safetensors or optimizer.safetensors"), Tally()
-    from training.checkpoint import find_checkpoint
+    from core.checkpoint import find_checkpoint
 
     whole = {name: (copied / name).read_bytes() for name in (MODEL, OPTIMIZER)}
 

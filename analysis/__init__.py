@@ -1,1 +1,0 @@
-"""What analyze.py looks at, a module per command: `add_arguments` says what it takes, `run` returns what was found."""

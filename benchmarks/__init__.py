@@ -1,1 +1,0 @@
-"""What bench.py times, a module for each of its subcommands."""

@@ -1,0 +1,164 @@
+"""Causal attention: torch's, except where blocks of plain matmuls are faster.
+
+Torch's flash attention for CPUs takes, in bf16, two to four times as long as its matmuls would. Here a block of queries at a
+time meets the keys it may see, so a good part of the half above the diagonal is never computed. The probabilities are kept for
+the backward pass, in the type of the matmul, which is why this is for short sequences; results/LOG.md has the
+measurements behind PAYS. A token's attention to the keys of a cache is decode.cpp's, where that can be had.
+
+Shapes: N batch times heads, T positions, S keys, D head width, t queries of a block, s keys they may see.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from core.kernels.key_bias import with_gradient
+from core.kernels.native import LANES, native
+from positional.base import eager_on_cpu, once, round_to_bf16
+
+BLOCK = 128  # queries at a time
+PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
+
+
+def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, c_BHS: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ/√D + mask) v, (B, H, T, D); without a mask causal, where T > 1 (then T = S).
+
+    `c_BHS`, without a mask and T = S, in bf16 or where `blocks_pay`: c_j − c_i comes on top of the logit of query i and key j.
+    """
+    if mask is None and c_BHS is None and _is_one_token(q_BHTD, k_BHSD, v_BHSD):
+        return _of_one_token(q_BHTD, k_BHSD, v_BHSD)
+    if mask is None and q_BHTD.shape == k_BHSD.shape and blocks_pay(q_BHTD):
+        return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD, c_BHS)
+    if c_BHS is not None:
+        return _with_columns(q_BHTD, k_BHSD, v_BHSD, c_BHS)
+    causal = mask is None and q_BHTD.size(2) > 1
+    with nullcontext() if mask is None else of_any_length(q_BHTD):  # blocks have a mask, and each a length of its own
+        return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
+
+
+def of_any_length(q_BHTD: Tensor) -> AbstractContextManager:
+    """On a GPU, attention without cuDNN, torch's first choice on an H100: it compiles a plan for every length that it meets.
+
+    For calls that seldom have the lengths of the one before: a text that grows by a token would take a thousand plans.
+    """
+    if not q_BHTD.is_cuda or torch.compiler.is_compiling():  # what is compiled keeps its lengths
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _is_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> bool:
+    """Whether they are a query each and keys and values out of a cache, as decode.cpp wants them, and it can be had."""
+    (_, H, T, D), stride = q_BHTD.shape, k_BHSD.stride(1)
+    if T != 1 or D % LANES or D > 8 * LANES or torch.is_grad_enabled() or not eager_on_cpu(q_BHTD):
+        return False
+    lie_alike = k_BHSD.stride() == v_BHSD.stride() == (H * stride, stride, D, 1)
+    are_fp32 = all(u.dtype == torch.float32 for u in (q_BHTD, k_BHSD, v_BHSD))
+    return lie_alike and are_fp32 and native() is not None
+
+
+def _of_one_token(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    q, (B, H, S, D) = q_BHTD.contiguous(), k_BHSD.shape
+    y, between = torch.empty_like(q), q.new_empty(B * H * S)
+    pointers = (u.data_ptr() for u in (q, k_BHSD, v_BHSD, between, y))
+    native().attend(*pointers, B * H, S, D, k_BHSD.stride(1), 1 / math.sqrt(D))
+    return y
+
+
+def _with_columns(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, c_BHS: Tensor) -> Tensor:
+    """Torch's causal attention with c_j beside the keys and ones beside the queries: no T × S bias is ever formed.
+
+    Flash attention wants values as wide as the keys, and widths that are multiples of 8. It would round c's gradient too much.
+    """
+    D, columns_k = q_BHTD.size(-1), once(key_columns(c_BHS, q_BHTD.size(-1)))
+    n = columns_k.size(-1)
+    pad = -(D + n) % 8
+    columns_k = columns_k.expand(k_BHSD.size(0), -1, -1, -1)
+    k = functional.pad(torch.cat((k_BHSD, columns_k), -1), (0, pad))
+    q = functional.pad(functional.pad(q_BHTD, (0, n), value=1.0), (0, pad))
+    v = functional.pad(v_BHSD, (0, n + pad))
+    y_BHTD = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / math.sqrt(D))[..., :D]
+    return with_gradient(y_BHTD, q_BHTD, k_BHSD, v_BHSD, c_BHS)
+
+
+def key_columns(c_BHS: Tensor, D: int) -> Tensor:
+    """Columns whose sum is c_j·√D, up to what all keys have in common, (B or 1, H, S, 3) bf16. No gradient.
+
+    One bf16 column would be wrong by 2.6 at a running sum of 1000, more than most logits differ by; three hold all 24 bits of
+    an fp32.
+    """
+    rest_BHS = ((c_BHS - c_BHS[..., -1:]) * math.sqrt(D)).float().detach()  # less the last one's: smaller numbers
+    parts = []
+    for _ in range(3):
+        parts.append(rest_BHS.bfloat16())
+        rest_BHS = rest_BHS - round_to_bf16(rest_BHS)
+    return torch.stack(parts, dim=-1)
+
+
+def blocks_pay(q_BHTD: Tensor) -> bool:
+    """Whether blocks of plain matmuls are the fastest attention of as many keys as queries here."""
+    return eager_on_cpu(q_BHTD) and q_BHTD.size(2) in PAYS.get(q_BHTD.dtype, ())
+
+
+def chosen(q_BHTD: Tensor) -> str:
+    """What `attention` runs for queries, keys and values like `q_BHTD` without a mask: "blocked", or torch's back-end."""
+    if blocks_pay(q_BHTD):
+        return "blocked"
+    return SDPBackend(torch._fused_sdp_choice(q_BHTD, q_BHTD, q_BHTD, is_causal=True)).name.lower()
+
+
+def _probabilities(q_NtD: Tensor, k_NsD: Tensor, c_Ns: Tensor | None) -> Tensor:
+    """Attention of the last t of s positions to all s, (N, t, s) fp32."""
+    t, scale, k_NDs = q_NtD.size(1), 1 / math.sqrt(q_NtD.size(2)), k_NsD.transpose(1, 2)
+    scores_Nts = torch.baddbmm(q_NtD.new_empty(1), q_NtD, k_NDs, beta=0, alpha=scale)
+    if q_NtD.dtype != torch.float32:
+        # A CPU's bf16 matmul gives bf16, too coarse for a logit. The same again, less what it gave, is what rounding left out.
+        rest_Nts = torch.baddbmm(scores_Nts, q_NtD, k_NDs, beta=-1, alpha=scale)
+        scores_Nts = scores_Nts.float().add_(rest_Nts)
+    if c_Ns is not None:  # less that of the last key: where a weight counts, the number is small
+        scores_Nts += (c_Ns - c_Ns[:, -1:]).float()[:, None]
+    scores_Nts[..., -t:] += scores_Nts.new_full((t, t), -math.inf).triu(1)
+    return scores_Nts.softmax(-1)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, c_BHT: Tensor | None) -> Tensor:
+        q_NTD, k_NTD, v_NTD = (u.flatten(0, 1).contiguous() for u in (q_BHTD, k_BHTD, v_BHTD))
+        c_NT = None if c_BHT is None else c_BHT.expand(q_BHTD.shape[:3]).flatten(0, 1)
+        ctx.c = None if c_BHT is None or not ctx.needs_input_grad[3] else (c_BHT.shape, c_BHT.dtype)
+        y_NTD, kept = torch.empty_like(q_NTD), []
+        for i in range(0, q_NTD.size(1), BLOCK):
+            block, seen = slice(i, i + BLOCK), slice(i + BLOCK)
+            p_Nts = _probabilities(q_NTD[:, block], k_NTD[:, seen], None if c_NT is None else c_NT[:, seen]).to(q_NTD.dtype)
+            y_NTD[:, block] = torch.bmm(p_Nts, v_NTD[:, seen])
+            kept.append(p_Nts)
+        ctx.save_for_backward(q_NTD, k_NTD, v_NTD, y_NTD, *kept)
+        return y_NTD.view_as(q_BHTD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_BHTD: Tensor) -> tuple[Tensor | None, ...]:
+        q_NTD, k_NTD, v_NTD, y_NTD, *kept = ctx.saved_tensors
+        dy_NTD, scale, dtype = dy_BHTD.flatten(0, 1), 1 / math.sqrt(q_NTD.size(2)), q_NTD.dtype
+        inner_NT1 = (dy_NTD.float() * y_NTD.float()).sum(-1, keepdim=True)
+        dq_NTD, dk_NTD, dv_NTD = torch.empty_like(q_NTD), *(torch.zeros(q_NTD.shape) for _ in range(2))
+        dc_NT = torch.zeros(q_NTD.shape[:2])
+        for i, p_Nts in enumerate(kept):
+            block, seen = slice(i * BLOCK, (i + 1) * BLOCK), slice((i + 1) * BLOCK)
+            dp_Nts = torch.bmm(dy_NTD[:, block], v_NTD[:, seen].transpose(1, 2)).float()
+            dz_Nts = dp_Nts.sub_(inner_NT1[:, block]).mul_(p_Nts)
+            if ctx.c:
+                dc_NT[:, seen] += dz_Nts.sum(1)
+                dc_NT[:, block] -= dz_Nts.sum(2)  # 0 but for rounding, which a running sum from the end would add up
+            dz_Nts = dz_Nts.to(dtype)
+            dq_NTD[:, block] = torch.bmm(dz_Nts, k_NTD[:, seen]).mul_(scale)
+            dk_NTD[:, seen] += torch.bmm(dz_Nts.transpose(1, 2), q_NTD[:, block])
+            dv_NTD[:, seen] += torch.bmm(p_Nts.transpose(1, 2), dy_NTD[:, block])
+        grads = dq_NTD, dk_NTD.mul_(scale).to(dtype), dv_NTD.to(dtype)
+        dc_BHT = dc_NT.view(dy_BHTD.shape[:3]).sum_to_size(ctx.c[0]).to(ctx.c[1]) if ctx.c else None
+        return *(grad.view_as(dy_BHTD) for grad in grads), dc_BHT

@@ -1,0 +1,305 @@
+"""The run folder: configuration, environment, logs, checkpoints, resume, and leaving in order when asked to.
+
+runs/NAME/ holds config.toml, env.json (one entry per start), log.jsonl (one object per record), checkpoints/.
+"""
+
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from core.checkpoint import (
+    CheckpointWriter,
+    State,
+    check_space,
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    newest_checkpoint,
+    set_aside_newer,
+)
+from core.config import FREE_ON_RESUME, Config, to_toml
+from core.console import remark
+from core.data import TokenStream, check_unchanged
+from core.distributed import Distributed, format_name
+from core.errors import EXIT_REQUEUE, UserError
+from core.files import atomic_write, locked, standard_json, write_json
+from core.guard import Guard
+from core.host import heard
+from core.provenance import environment, git_version, source_of, warn_of_other_source
+from core.trackers import Progress, Tracker, make_trackers
+from model import GPT
+
+LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two: Slurm's warning, and a terminal that closes
+
+
+class Leaving(Exception):
+    """A signal asks the run to save and leave."""
+
+
+class Run:
+    """What a run leaves behind. Every rank holds one, only rank 0 writes. A context: leaving it closes everything."""
+
+    def __init__(self, cfg: Config, dist: Distributed) -> None:
+        self.cfg, self.dist, self.folder = cfg, dist, cfg.folder
+        self.stopping = False
+        self._signal: int | None = None
+        self._error: str | None = None  # of rank 0's files; the others learn of it at the next step
+        self._open_things = ExitStack()
+        self._writer = CheckpointWriter(cfg.folder, cfg.keep_checkpoints, cfg.async_checkpoint)
+        self._log_file: Any = None
+        self._trackers: list[Tracker] = []
+        self._val_loss: float | None = None
+        self._val_step: int | None = None
+        self._start, self._clock, self._steps_timed = 0, time.perf_counter(), 0
+        self._saved: tuple[int, int | None] = (0, None)  # step, val_step
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open_things.close()
+
+    def resume(self, model: GPT, optimizer: Optimizer, guard: Guard, streams: Sequence[TokenStream]) -> int:
+        """Load the newest valid checkpoint, if any; returns the step to go on from, 0 for a fresh run.
+
+        `streams` are the training and the validation data. Raises UserError, on all ranks, where another process is at work in
+        the folder, where its run has another configuration or other data, where the data is damaged or the disk too full.
+        """
+        self._guard = guard
+        with self.dist.together():
+            found = self._find() if self.dist.is_main else None
+            data: dict[str, Any] = {"tokenizer": streams[0].tokenizer, "train_tokens": len(streams[0])}
+            if self.dist.is_main and self.cfg.verify_data == "full":
+                for stream in streams:
+                    stream.verify()
+            if self.dist.is_main and found:
+                check_same(found[1], self.cfg, data)
+                warn_of_other_source(found[0], found[1])
+                self._shards = check_unchanged(found[1].shards, streams)
+            elif self.dist.is_main:
+                self._shards = [record for stream in streams for record in stream.records()]
+        self._data = data
+        torch.manual_seed(self.cfg.seed)
+        found = self.dist.from_main(found)
+        with self.dist.together():
+            if found:
+                self._load(found, model, optimizer)
+            if self.dist.is_main and not self.finished:
+                self._open(found, model)
+        return self._start
+
+    def _find(self) -> tuple[Path, State] | None:
+        self._open_things.enter_context(locked(self.folder, LOCK_PATIENCE_S))
+        self._open_things.callback(self._writer.close)
+        found = newest_checkpoint(self.folder)
+        if not found and list_checkpoints(self.folder):
+            raise UserError(
+                f"{self.folder}: has checkpoints, and none of them is whole; restore one, or move the folder away to begin anew"
+            )
+        return found
+
+    def _load(self, found: tuple[Path, State], model: GPT, optimizer: Optimizer) -> None:
+        path, state = found
+        load_weights(path, model)
+        load_optimizer(path, model, optimizer)
+        self._guard.restore(state.guard)
+        self._start, self._val_loss, self._val_step = state.step, state.val_loss, state.val_step
+        self._saved = (state.step, state.val_step)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is taken and validated."""
+        return self._saved == (self.cfg.steps, self.cfg.steps)
+
+    def steps(self, start: int) -> Iterator[int]:
+        """`start` … cfg.steps, one more than there are updates: the last pass only evaluates and saves."""
+        if self.finished:
+            if self.dist.is_main:
+                print(f"{self.folder}: finished at step {start} already, nothing to do")
+            return
+        self._bar = Progress(self.cfg, start, self.dist.is_main)
+        self._open_things.callback(self._bar.close)
+        for number in heard(*SIGNALS):
+            self._open_things.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self._restart_clock()
+        for step in range(start, self.cfg.steps + 1):
+            yield step
+            self._bar.update()
+
+    def eval_due(self, step: int) -> bool:
+        """Every eval_every steps and at the end, but not where the resumed log has it already."""
+        return (step % self.cfg.eval_every == 0 or step == self.cfg.steps) and step != self._val_step
+
+    def leave_if_asked(self) -> None:
+        """Raise Leaving on all ranks where one was sent a signal, out of an evaluation, say. All ranks must ask."""
+        if self.dist.any(self._signal is not None):
+            raise Leaving
+
+    def save_due(self, step: int) -> bool:
+        """Every save_every steps, at the end, and when any rank was asked to leave. All ranks must ask.
+
+        Raises UserError on all ranks where rank 0 could not write its files.
+        """
+        self.stopping = self.dist.any(self._signal is not None or self._error is not None or self._writer.failed)
+        if self.stopping:
+            with self.dist.together():
+                if self._error:
+                    raise UserError(self._error)
+                if self._writer.failed:
+                    self._writer.wait()
+        due = step % self.cfg.save_every == 0 or step == self.cfg.steps or self.stopping
+        return due and step > 0 and (step, self._val_step) != self._saved
+
+    def save(self, step: int, model: GPT, optimizer: Optimizer) -> None:
+        """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError on all ranks where it fails."""
+        self.dist.at(f"step {step}: saving")
+        with self.dist.together():
+            self._writer.save(model, optimizer, self._state(step) if self.dist.is_main else None)
+            if self.stopping or step == self.cfg.steps:
+                self._writer.wait()
+        self._saved = (step, self._val_step)
+        self._restart_clock()
+
+    def _state(self, step: int) -> State:
+        os.fsync(self._log_file)
+        return State(
+            step=step,
+            tokens=step * self.cfg.tokens_per_step,
+            config=self.cfg.model_dump(),
+            **self._data,
+            shards=self._shards,
+            val_loss=self._val_loss,
+            val_step=self._val_step,
+            log_bytes=self._log_file.tell(),
+            guard=self._guard.history,
+            git=git_version(),
+            source=source_of(self.cfg.encoding),
+            dtype=format_name(self.dist.dtype),
+        )
+
+    def log(self, step: int, **values: float) -> None:
+        """Append a record: `values` and what they cost. Validation records are those with a val_loss."""
+        validation = "val_loss" in values
+        if validation and not math.isfinite(values["val_loss"]):  # the same on every rank
+            raise UserError(
+                f"step {step}: validation loss {values['val_loss']}; stopped, the last checkpoint is of step {self._saved[0]}; "
+                f"a lower --lr (now {self.cfg.lr}) may help"
+            )
+        if validation:
+            self._val_loss, self._val_step = values["val_loss"], step
+        else:
+            self._steps_timed += 1
+            if step % self.cfg.log_every:
+                return
+        if self.dist.is_main:
+            record: dict[str, Any] = {"step": step, "tokens": step * self.cfg.tokens_per_step, **values}
+            if not validation:
+                record |= self._cost()
+            self._write(record)
+            for tracker in self._trackers:
+                tracker.log(record)
+            self._bar.show(record)
+        self._restart_clock()
+
+    def warn(self, step: int, text: str | None) -> None:
+        """Say `text`, if there is one."""
+        if text and self.dist.is_main:
+            print(f"warning: step {step}: {text}", file=sys.stderr)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the run is finished, EXIT_REQUEUE when a signal ended it early."""
+        return 0 if self.finished else EXIT_REQUEUE
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            line = json.dumps(standard_json(record), allow_nan=False).encode() + b"\n"
+            if self._log_file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._error = f"{self._log_file.name}: not written ({error.strerror}); the last checkpoint is whole"
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._signal = number
+        if self.dist.is_main:  # os.write: print is not safe in a signal handler
+            with suppress(OSError):  # nobody may be left to read it
+                os.write(2, f"\n{signal.Signals(number).name}: saving and leaving after this step\n".encode())
+
+    def _restart_clock(self) -> None:
+        self._clock, self._steps_timed = time.perf_counter(), 0
+
+    def _cost(self) -> dict[str, float | None]:
+        """tokens/s over all devices, model FLOPs utilization (None where the peak is unknown), peak bytes of rank 0."""
+        rate = self._steps_timed * self.cfg.tokens_per_step / (time.perf_counter() - self._clock)
+        peak = self.dist.peak_flops()
+        mfu = rate * self.cfg.flops_per_token / (peak * self.dist.world_size) if peak else None
+        return {"tokens_per_second": round(rate, 1), "mfu": mfu, "peak_memory_bytes": self.dist.peak_memory()}
+
+    def _open(self, found: tuple[Path, State] | None, model: GPT) -> None:
+        """Describe this start, on the terminal too, and open the log, cut to what the checkpoint had seen."""
+        check_space(self.folder, model, self.cfg.keep_checkpoints)
+        log, log_bytes = self.folder / "log.jsonl", found[1].log_bytes if found else 0
+        try:
+            if found:
+                set_aside_newer(self.folder, found[0])
+            this_start = environment(self.dist, self._start) | {"n_params": model.n_params()}
+            write_json(self.folder / "env.json", [*self._earlier_starts(), this_start])
+            with atomic_write(self.folder / "config.toml", "w") as file:
+                file.write(to_toml(self.cfg))
+            if log.exists():
+                os.truncate(log, min(log_bytes, log.stat().st_size))
+            self._log_file = self._open_things.enter_context(open(log, "ab", buffering=0))  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); --out_dir says where runs go") from None
+        self._trackers = make_trackers(self.cfg, self.folder, self._start, read_log(log.read_bytes()))
+        for tracker in self._trackers:
+            self._open_things.callback(tracker.close)
+        self._open_things.callback(self._farewell)
+        n = this_start["n_params"]
+        remark(
+            f"{self.folder}: {self.cfg.encoding}, {n['total']:,} parameters ({n['embedding']:,} of the embedding and head, "
+            f"{n['encoding']:,} of positions), {self.dist.world_size} × {this_start['device']} in {this_start['dtype']}, "
+            f"from step {self._start}"
+        )
+
+    def _earlier_starts(self) -> list[Any]:
+        try:
+            starts = json.loads((self.folder / "env.json").read_text()) if self._start else []
+        except (FileNotFoundError, ValueError, RecursionError):
+            return []
+        return starts if isinstance(starts, list) else []
+
+    def _farewell(self) -> None:
+        if self.stopping and not self.finished and not self._error:
+            saved = f"saved at step {self._saved[0]}" if self._saved[0] else "nothing new to save"
+            print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
+
+
+def read_log(text: bytes) -> list[dict[str, Any]]:
+    """The whole records in `text`; a full disk or a power cut may have left part of one."""
+    found = []
+    for line in text.split(b"\n")[:-1]:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict) and "step" in record]
+
+
+def check_same(state: State, cfg: Config, data: dict[str, Any]) -> None:
+    """Raise UserError where the run of a checkpoint's `state` computes something else than `cfg` on `data` would."""
+    before, now = state.config | {key: getattr(state, key) for key in data}, cfg.model_dump() | data
+    differing = [key for key in now if key not in FREE_ON_RESUME and before.get(key, now[key]) != now[key]]
+    if differing:
+        what = ", ".join(f"{key} = {before[key]!r} (now {now[key]!r})" for key in differing)
+        raise UserError(f"{cfg.folder}: holds a run with {what}; give this one another --name or --out_dir, or the same values")

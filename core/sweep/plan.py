@@ -1,0 +1,140 @@
+"""The plan of a set of runs: which are there, which are unfinished, and how long the rest takes."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.checkpoint import newest_checkpoint
+from core.config import Config, load_config
+from core.data import TokenStream
+from core.distributed import pick_device
+from core.errors import UserError
+from core.files import ROOT
+from core.results import Question
+from core.run import check_same, read_log
+from core.sweep.scaling import hours_from, summary
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of the plan: a size and a variant of it, each a config file, the words that make its config, how far it is."""
+
+    size: str
+    variant: str
+    words: tuple[str, ...]
+    cfg: Config
+    step: int
+    finished: bool = False
+    conflict: str | None = None  # why the run in its folder is another one
+
+    def finished_now(self) -> bool:
+        """Whether it is finished by now, however far it was when the plan was made."""
+        return self.finished or bool((found := newest_checkpoint(self.cfg.folder)) and found[1].finished)
+
+    @property
+    def tokens_left(self) -> int:
+        return (self.cfg.steps - self.step) * self.cfg.tokens_per_step
+
+    @property
+    def status(self) -> str:
+        if self.conflict:
+            return "another run"
+        if self.finished:
+            return "finished"
+        return f"at step {self.step:,}" if self.step else "missing"
+
+
+def find(base: str | Path, variant: str, overrides: list[str]) -> Entry:
+    """The run of the config file `base` under config/VARIANT.toml. Raises UserError for a configuration that cannot be."""
+    words = (str(base), str(ROOT / f"config/{variant}.toml"), *overrides)
+    cfg = load_config(words)
+    found = newest_checkpoint(cfg.folder)
+    step, finished, conflict = (found[1].step, found[1].finished, None) if found else (0, False, None)
+    try:
+        if found:
+            check_same(found[1], cfg, {})
+    except UserError as error:
+        step, finished, conflict = 0, False, str(error)
+    return Entry(Path(base).stem, variant, words, cfg, step, finished, conflict)
+
+
+def measured_rate(entry: Entry) -> float | None:
+    """Median tokens/s in the log of the entry's run; None where it has none."""
+    if entry.conflict:
+        return None
+    try:
+        records = read_log((entry.cfg.folder / "log.jsonl").read_bytes())
+    except OSError:
+        return None
+    rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    return statistics.median(rates) if rates else None
+
+
+def gpus_for(entries: list[Entry], nproc: int) -> int:
+    """On how many GPUs `nproc` processes (0: one) would train; with no GPU here, as many as are asked for elsewhere."""
+    devices = {entry.cfg.device for entry in entries}
+    if all(pick_device(device).type == "cuda" for device in devices):
+        return max(1, nproc)
+    return nproc if devices == {"auto"} else 0
+
+
+def hours_left(entries: list[Entry], gpus: int) -> list[tuple[float | None, bool]]:
+    """(hours, whether from a measured rate) per entry; a run without a log borrows the rate of its size.
+
+    Where there is none, they are those that core/sweep/scaling.py predicts for `gpus`; None where it cannot, as for a CPU.
+    """
+    rates = [measured_rate(entry) for entry in entries]
+    hours: list[tuple[float | None, bool]] = []
+    for entry, rate in zip(entries, rates, strict=True):
+        same_size = [r for e, r in zip(entries, rates, strict=True) if r and e.size == entry.size]
+        rate = rate or (statistics.median(same_size) if same_size else None)
+        predicted = hours_from(entry.cfg, entry.step, gpus) if gpus and not rate else None
+        hours.append((entry.tokens_left / rate / 3600, True) if rate else (predicted, False))
+    return hours
+
+
+def show_plan(entries: list[Entry], nproc: int = 0) -> None:
+    """Print what is there and what is left for `nproc` processes."""
+    width = max(24, *(len(entry.cfg.name) + 2 for entry in entries))
+    print(f"{'run':{width}}{'status':>16}{'tokens left':>18}{'hours':>10}")
+    gpus = gpus_for(entries, nproc)
+    hours = hours_left(entries, gpus)
+    for entry, (time, measured) in zip(entries, hours, strict=True):
+        shown = "–" if time is None else f"{time:.1f}"
+        print(f"{entry.cfg.name:{width}}{entry.status:>16}{entry.tokens_left:>18,}{shown:>9}{' ' if measured else '*'}")
+    total = "–" if any(time is None for time, _ in hours) else f"{sum(time or 0 for time, _ in hours):.1f}"
+    print(f"{'together':{width}}{'':16}{sum(e.tokens_left for e in entries):>18,}{total:>9}")
+    if guessed := [(e.cfg, e.step) for e, (_, measured) in zip(entries, hours, strict=True) if not measured]:
+        if gpus:
+            print(
+                f"* predicted for {gpus} GPU{'s' if gpus > 1 else ''}; the speed of this machine is known after the first steps"
+            )
+        else:
+            print("* known after the first steps here; predicted for GPUs (docs/scaling.md):")
+        print(summary(guessed))
+    for conflict in filter(None, (entry.conflict for entry in entries)):
+        print(conflict)
+
+
+def refuse_conflicts(entries: list[Entry]) -> None:
+    """Raise UserError where the folder of an entry holds another run."""
+    if conflict := next((entry.conflict for entry in entries if entry.conflict), None):
+        raise UserError(conflict)
+
+
+def questions(entry: Entry, lengths: Sequence[int], max_tokens: int, min_document_tokens: int | None = None) -> list[Question]:
+    """What is to be known of a finished run, by length: how well its last weights predict its own evaluation set."""
+    found = newest_checkpoint(entry.cfg.folder)
+    assert found is not None, f"{entry.cfg.folder} has no checkpoint"
+    device = entry.cfg.device
+    return [Question.standard(found[1], length, device, max_tokens, min_document_tokens) for length in lengths]
+
+
+def check_data(entry: Entry, question: Question) -> None:
+    """Raise UserError where the evaluation set of the entry's data is not the one that its run knows, and so no answer."""
+    if TokenStream(entry.cfg.data, "val", entry.cfg.vocab_size).sha256() != question.data_sha256:
+        raise UserError(
+            f"{entry.cfg.data}: its evaluation set is not the one that {entry.cfg.folder} was trained beside (another sha256); "
+            "--data says where that is"
+        )

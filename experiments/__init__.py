@@ -1,1 +1,0 @@
-"""Sets of runs: which exist, what is left of them, how they are started; table1.py and lab.py are made of it."""

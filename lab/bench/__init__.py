@@ -1,0 +1,1 @@
+"""What lab.bench times, a module for each of its subcommands."""

@@ -1,0 +1,220 @@
+"""The tables of docs/performance.md, from results/bench-*.json, results/gpu-bench*.json and results/codegen-*.json.
+
+python -m lab.bench.performance_report          # write them into the page
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from core.files import ROOT, write_blocks
+
+PAGE = ROOT / "docs/performance.md"
+Value = Callable[[dict[str, Any]], str]
+
+
+def result(name: str) -> dict[str, Any]:
+    """What lab.bench wrote to results/bench-NAME.json, or, as the stage "speed" of lab.bench.gpu, to results/gpu-NAME.json."""
+    found = json.loads((ROOT / f"results/{file_of(name)}").read_text())
+    return found["stages"]["speed"] if name.startswith("gpu") else found
+
+
+def file_of(name: str) -> str:
+    """The file of a result."""
+    return f"{name if name.startswith('gpu') else f'bench-{name}'}.json"
+
+
+def peer(found: dict[str, Any], name: str) -> float:
+    """How many times as fast as the peer of this name the baseline is."""
+    return next(one["ours_over_theirs"] for one in found["peers"] if one["peer"].startswith(name))
+
+
+def encoding(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The result of one encoding."""
+    return next(one for one in found["results"] if one["encoding"] == name)
+
+
+def candidate(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The result of one candidate."""
+    return next(one for one in found["results"] if one["candidate"] == name)
+
+
+def of_rope(found: dict[str, Any], option: str) -> str:
+    """Tokens/s of CARoPE and carope_hidden over RoPE's."""
+    return " and ".join(f"{candidate(found, f'{name}{option}')['vs_baseline']:.3f}" for name in ("carope", "carope_hidden"))
+
+
+def rate_and_share(one: dict[str, Any]) -> str:
+    """Tokens/s, and the share of the matmul rate."""
+    return f"{one['tokens_per_second']:,.0f}, {one['mfu_measured']:.1%}"
+
+
+TINY = ",config/tiny.toml"
+# what, target, results/bench-….json or results/gpu-….json, value
+TARGETS: list[tuple[str, str, str, Value]] = [
+    (
+        "GPT-Small, T = 512, one H200, bf16, RoPE: tokens/s, of the matmul rate", "≥ 500k, ≥ 50 %", "gpu-bench",
+        lambda r: rate_and_share(candidate(r, "rope")),
+    ),
+    (
+        "GPT-Tiny likewise", "≥ 1.3M", "gpu-bench", lambda r: rate_and_share(candidate(r, f"rope{TINY}")),
+    ),
+    ("CARoPE ÷ RoPE there, `carope` and `carope_hidden`", "≥ 0.98 and ≥ 0.95", "gpu-bench", lambda r: of_rope(r, "")),
+    ("the same, GPT-Tiny", "≥ 0.98 and ≥ 0.95", "gpu-bench", lambda r: of_rope(r, TINY)),
+    (
+        "RoPE ÷ nanoGPT as it ships (learned positions, no biases), GPT-Small and GPT-Tiny", "≥ 1.25", "gpu-bench",
+        lambda r: f"{peer(r, 'nanoGPT, '):.3f} and {peer(r, f'nanoGPT{TINY}'):.3f}",
+    ),
+    (
+        "peak memory of GPT-Small, 32 × 512 and 64 × 512, GB", "≤ 24 and ≤ 40", "gpu-bench",
+        lambda r: " and ".join(f"{candidate(r, n)['peak_memory_bytes'] / 1e9:.1f}" for n in ("rope", "rope,micro_batch=64")),
+    ),
+    (
+        "GPT-Tiny 4 × 512 in bf16 on two cores, share of the matmul rate", "≥ 70 %", "train-cpu",
+        lambda r: f"{r['mfu_measured']:.1%}",
+    ),
+    ("the same ÷ nanoGPT as it ships (fp32, not compiled)", "≥ 2.2", "train-cpu", lambda r: f"{peer(r, 'nanoGPT'):.2f}"),
+    ("the same ÷ build-nanogpt as it ships", "–", "train-cpu", lambda r: f"{peer(r, 'build-nanogpt'):.2f}"),
+    (
+        "CARoPE ÷ RoPE on two cores, `carope` and `carope_hidden`", "–", "train-cpu",
+        lambda r: f"{encoding(r, 'carope')['vs_baseline']:.3f} and {encoding(r, 'carope_hidden')['vs_baseline']:.3f}",
+    ),
+    (
+        "whole step ÷ forward, backward, optimizer alone: RoPE, and the other four encodings", "≤ 1.03", "train-cpu",
+        lambda r: f"{r['whole_over_bare']:.3f}, " + ", ".join(f"{one['whole_over_bare']:.3f}" for one in r["results"][1:]),
+    ),
+    ("the same, RoPE alone, 50 rounds instead of 20", "≤ 1.03", "whole-cpu", lambda r: f"{r['whole_over_bare']:.3f}"),
+    ("loader alone, a rank, 64 × 512", "≥ 50M tokens/s", "data-cpu", lambda r: f"{r['tokens_per_second'] / 1e6:.0f}M"),
+    (
+        "memory of the loader over an epoch", "no growth", "data-cpu",
+        lambda r: f"{r['anonymous_growth_bytes'] / 1e6:.1f} MB",
+    ),
+    (
+        "`prepare_fineweb.py` ÷ `encode_ordinary` alone, one worker", "≥ 1.0", "prepare-cpu",
+        lambda r: f"{r['candidates']['ours-1']['ratio']:.2f}",
+    ),
+    (
+        "the same, two workers on two cores", "≥ 1.8", "prepare-cpu", lambda r: f"{r['candidates']['ours-2']['ratio']:.2f}",
+    ),
+    (
+        "`prepare_fineweb.py` ÷ build-nanogpt's recipe, a pool of processes: one, two", "≥ 1.0", "prepare-cpu",
+        lambda r: " and ".join(f"{r['ours_over_pool'][n]:.2f}" for n in ("1", "2")),
+    ),
+    (
+        "two processes with `encode_ordinary` and nothing else, ÷ one: what two workers could reach", "–", "prepare-cpu",
+        lambda r: f"{r['candidates']['apart-2']['ratio']:.2f}",
+    ),
+    (
+        "decoding, a token at position 1000 ÷ at position 50", "≤ 1.5", "decode-cpu",
+        lambda r: f"{r['encodings'][0]['late_over_early']:.2f}",
+    ),
+    (
+        "decoding 512 tokens with the cache ÷ without, head at the last position and at all", "≥ 8", "decode-cpu",
+        lambda r: f"{r['encodings'][0]['cache_speedup']:.1f} and {r['encodings'][0]['cache_speedup_all_logits']:.1f}",
+    ),
+    (
+        "decoding, tokens/s of eight prompts ÷ of one", "≥ 4", "decode-cpu",
+        lambda r: f"{r['encodings'][0]['batch_speedup']:.2f}",
+    ),
+    (
+        "decoding in bf16 ÷ in fp32, tokens/s of one prompt (not of one run)", "–", "decode-bf16-cpu",
+        lambda r: f"{r['tokens_per_second'] / result('decode-cpu')['tokens_per_second']:.2f}",
+    ),
+    ("evaluation ÷ training, tokens/s", "≥ 2.8", "eval-cpu", lambda r: f"{r['eval_over_train']:.2f}"),
+    (
+        "`train.py` to its first step, GPT-Tiny 4 × 512", "≤ 10 s", "startup-cpu",
+        lambda r: f"{r['seconds']['first step']['median']:.1f} s",
+    ),
+    (
+        "`--help`, the slowest of the scripts", "≤ 1 s", "startup-cpu",
+        lambda r: f"{max(s['median'] for name, s in r['seconds'].items() if name != 'first step'):.2f} s",
+    ),
+]  # fmt: skip
+
+
+def render_targets() -> str:
+    """A row per target: what, target, measured, file."""
+    lines = ["| what | target | measured | file |", "|---|---|---:|---|"]
+    for what, target, name, value in TARGETS:
+        lines.append(f"| {what} | {target} | {value(result(name))} | `results/{file_of(name)}` |")
+    return "\n".join(lines) + "\n"
+
+
+def timing(one: dict[str, Any], name: str | None, digits: int) -> str:
+    """The cells of a candidate of this name, or of a peer: milliseconds with `digits` decimals, tokens/s, share of matmul."""
+    share = f"{one['mfu_measured']:.1%}" if "mfu_measured" in one else "–"
+    spread = " | ".join(f"{one[key]:,.{digits}f}" for key in ("ms_median", "ms_p10", "ms_p90"))
+    return f"| {name or one['peer']} | {spread} | {one['tokens_per_second']:,.0f} | {share}"
+
+
+def render_training() -> str:
+    """A row per encoding and peer of results/bench-train-cpu.json."""
+    found = result("train-cpu")
+    lines = ["| | ms | p10 | p90 | tokens/s | of the matmul rate |", "|---|---:|---:|---:|---:|---:|"]
+    lines += [f"{timing(one, one.get('encoding'), 0)} |" for one in [*found["results"], *found["peers"]]]
+    return "\n".join(lines) + f"\n\n{source(found)}\n"
+
+
+def render_gpu() -> str:
+    """A table for each GPU: a row per candidate and peer, as they were timed together."""
+    parts = []
+    for name in ("gpu-bench-h100", "gpu-bench"):
+        found = result(name)
+        every = [*found["results"], *found["peers"]]
+        lines = [f"{timing(one, one.get('candidate'), 1)} | {one['peak_memory_bytes'] / 1e9:.1f} |" for one in every]
+        head = f"| {found['device']} | ms | p10 | p90 | tokens/s | of the matmul rate | GB |\n|---|{'---:|' * 6}"
+        parts.append("\n".join([head, *lines, "", source(found)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def estimated(name: str) -> dict[str, dict[str, Any]]:
+    """By encoding, what lab.bench.codegen wrote to results/codegen-NAME.json."""
+    return {one["encoding"]: one for one in json.loads((ROOT / f"results/codegen-{name}.json").read_text())["results"]}
+
+
+def render_codegen() -> str:
+    """A row per size and encoding, before and after, and per option; then a row per part of GPT-Small with RoPE."""
+
+    def row(name: str, one: dict[str, Any], rope: dict[str, Any], old: dict[str, Any] | None) -> str:
+        was = {key: f"{old[key]:,.{digits}f} → " if old else "" for key, digits in forms.items()}
+        cells = [f"{was[key]}{one[key]:,.{digits}f}" for key, digits in forms.items()]
+        return f"| {name} | {' | '.join(cells)} | {rope['ms'] / one['ms']:.3f} |"
+
+    forms = {"launches": 0, "gb": 1, "ms": 1, "tokens_per_second": 0}
+    lines = ["| micro-step | launches | GB | ms | tokens/s | ÷ RoPE |", "|---|---:|---:|---:|---:|---:|"]
+    for size in ("small", "tiny"):
+        before, after = estimated(f"{size}-before"), estimated(size)
+        rows = {f"GPT-{size.capitalize()}, {name}": (one, before[name]) for name, one in after.items()}
+        lines += [row(name, one, after["rope"], old) for name, (one, old) in rows.items()]
+    rope = estimated("small")["rope"]
+    for file, option in (("small-triton", "--kernel=triton"), ("small-bf16", "--residual=bfloat16")):
+        lines += [row(f"GPT-Small, {name}, `{option}`", one, rope, None) for name, one in estimated(file).items()]
+    lines += ["", "| GPT-Small, rope: part | launches | GB | ms |", "|---|---:|---:|---:|"]
+    before, after = (estimated(name)["rope"]["parts"] for name in ("small-before", "small"))
+    for part, old in before.items():
+        cells = (f"{old[key]:.{digits}f} → {after[part][key]:.{digits}f}" for key, digits in list(forms.items())[:3])
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    found = [json.loads((ROOT / f"results/codegen-{name}.json").read_text()) for name in ("small-before", "small")]
+    commits = " → ".join(one["git"][:7] for one in found)
+    return "\n".join(lines) + f"\n\n`{found[1]['command']}`, torch {found[1]['torch']}, commits {commits}.\n"
+
+
+def source(found: dict[str, Any]) -> str:
+    """Command, machine, commit and n of a result."""
+    machine = f"{found['device']}, {found['threads']} threads, torch {found['torch']}"
+    n, matmul = found["n"], found["matmul_tflops"]
+    return f"`{found['command']}`, {machine}, commit {found['git'][:7]}, n = {n}, matmul {matmul:.3f} TFLOP/s."
+
+
+def blocks() -> dict[str, str]:
+    """Text for each marker of the page."""
+    return {"targets": render_targets(), "gpu": render_gpu(), "training": render_training(), "codegen": render_codegen()}
+
+
+def main() -> None:
+    """Put the tables into the page."""
+    write_blocks(PAGE, blocks())
+
+
+if __name__ == "__main__":
+    main()

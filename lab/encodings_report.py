@@ -1,0 +1,58 @@
+"""docs/encodings.md: a row for every encoding of the registry, from what its class says of itself.
+
+python -m lab.encodings_report
+"""
+
+import inspect
+import re
+from typing import Any
+
+from core.config import load_config
+from core.files import ROOT, write_blocks
+from positional import ENCODINGS
+
+PAGE = ROOT / "docs/encodings.md"
+ACTS = {
+    "embed": "embeddings", "rotate": "queries, keys", "turn": "queries, keys", "key_bias": "logits", "distance_bias": "logits",
+    "bias": "logits", "weights": "weights",
+}  # fmt: skip
+
+
+def parameters(name: str, cfg: Any) -> int:
+    """Parameters that the encoding adds to the model of `cfg`."""
+    one = ENCODINGS[name](cfg.model_copy(update={"encoding": name}))
+    return sum(p.numel() for p in one.parameters()) * (cfg.n_layer if one.per_layer else 1)
+
+
+def acts_on(name: str) -> str:
+    """What of the model the encoding changes."""
+    base = ENCODINGS["nope"]
+    found = [where for method, where in ACTS.items() if getattr(ENCODINGS[name], method) is not getattr(base, method)]
+    return " and ".join(dict.fromkeys(found)) or "nothing"
+
+
+def summary(name: str) -> str:
+    """What the docstring's first sentence says before sources and equations, and the first source it names."""
+    text = " ".join(inspect.cleandoc(ENCODINGS[name].__doc__ or "").split())
+    source = re.search(r"\b\d{4}\.\d{5}\b", text)
+    what = re.split(r" \(|[:;.] |\.$", text)[0]
+    return what + (f" ([{source[0]}](https://arxiv.org/abs/{source[0]}))" if source else "")
+
+
+def render() -> str:
+    """The table: name, what it is, what it changes, parameters of GPT-Tiny's, behavior past the training length."""
+    cfg = load_config([str(ROOT / "config/tiny.toml")])
+    lines = ["| encoding | what it is | changes | parameters, GPT-Tiny | past the training length |", "|---|---|---|---:|---|"]
+    for name in ENCODINGS:
+        cells = (f"`{name}`", summary(name), acts_on(name), f"{parameters(name, cfg):,}", ENCODINGS[name].beyond)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Put the table into the page."""
+    write_blocks(PAGE, {"encodings": render()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Our own sources as the flat files that `trust_remote_code` loads beside the weights: one implementation, copied.
+
+transformers follows relative imports of files in one folder only, so `positional/base.py` becomes `positional_base.py` and
+`from positional.base import …` becomes `from .positional_base import …`; nothing else in a file is changed.
+"""
+
+import ast
+import hashlib
+import re
+
+from core.files import ROOT
+
+OURS = ("model", "positional", "core", "lab")
+START = "lab.export_hf.modeling_carope"
+CONFIGURATION = "lab.export_hf.configuration_carope"
+ALL_FILES = """
+if False:  # never: transformers 4 takes along the files that this one names, not what those need
+"""
+IMPORT = re.compile(rf"^([ \t]*from )((?:{'|'.join(OURS)})(?:\.\w+)*)(?= import)", re.MULTILINE)
+# The files that are no copies: without Triton, which transformers would want installed, and without C++
+REPLACED = {
+    "core.kernels.support": '''"""Stands for core/kernels/support.py: here PyTorch rotates, and Triton is not needed."""
+
+from typing import Any
+
+
+def rotation_kernel(kernel: str, encoding: Any) -> None:
+    """No kernel."""
+
+
+def key_bias_kernel(device: Any) -> None:
+    """No kernel."""
+
+
+def cross_entropy_kernel(device: Any) -> None:
+    """No kernel."""
+''',
+    "core.kernels.native": '''"""Stands for core/kernels/native.py: here attention is PyTorch's own, and no C++ is compiled."""
+
+LANES = 16
+
+
+def native() -> None:
+    """Nothing."""
+''',
+}
+
+
+def bundle() -> dict[str, str]:
+    """File name → text of `modeling_carope.py` and every file of ours that it needs."""
+    texts: dict[str, str] = {}
+    waiting = [START]
+    while waiting:
+        module = waiting.pop()
+        if flat(module) in texts:
+            continue
+        text = REPLACED.get(module) or source(module)
+        texts[flat(module)] = IMPORT.sub(lambda found: f"{found[1]}.{flat(found[2])}", text)
+        waiting += needs(text)
+    others = sorted(texts.keys() - {flat(START)})
+    texts[flat(START)] += ALL_FILES + "".join(f"    from .{name} import __name__\n" for name in others)
+    code = hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()
+    texts[flat(CONFIGURATION)] += (
+        f'\nCODE = "{code}"  # of all files here: transformers takes a class for another\'s if this file is\n'
+    )
+    return {f"{name}.py": text for name, text in sorted(texts.items())}
+
+
+def flat(module: str) -> str:
+    """The name of a module in the one folder, e.g. positional_base."""
+    return module.removeprefix("lab.export_hf.").replace(".", "_")
+
+
+def source(module: str) -> str:
+    """The text of one of our modules."""
+    path = ROOT.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def needs(text: str) -> list[str]:
+    """The modules of ours that a module imports."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and not node.level]
+    return [node.module for node in nodes if node.module and node.module.partition(".")[0] in OURS]

@@ -1,0 +1,1 @@
+"""The page about a set of runs: what they say, as tables, plots and samples."""
