@@ -10,6 +10,7 @@ import core.host  # noqa: F401  isort: skip  before torch, which reads what it s
 
 import sys
 
+import torch
 from torch import nn
 
 from core.config import Config, load_config
@@ -18,12 +19,9 @@ from core.distributed import Distributed, check_residual, pick_device
 from core.errors import command
 from core.fsdp import uncompiled
 from core.guard import Guard
-from core.initial import load_initial
 from core.kernels.support import check_kernel
-from core.optim import make_optimizer
-from core.replay import Replay
+from core.optim import clip_, forward_backward, make_optimizer, set_lr
 from core.run import Leaving, Run
-from core.step import update
 from eval_ppl import evaluate
 from model import GPT
 
@@ -32,8 +30,7 @@ def train(cfg: Config) -> int:
     """Train to the last step, or until asked to leave; returns the exit code."""
     check_kernel(cfg.kernel, pick_device(cfg.device))
     check_residual(cfg)
-    run_type = Run if cfg.replay_step < 0 else Replay
-    with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, run_type(cfg, dist) as run:
+    with Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist, Run(cfg, dist) as run:
         with dist.together():
             batches = Batches(cfg, "train", dist)
             val = TokenStream(cfg.data, "val", cfg.vocab_size)
@@ -41,20 +38,25 @@ def train(cfg: Config) -> int:
         optimizer = make_optimizer(model, cfg)
         guard = Guard(cfg, dist, model, batches)
         start = run.resume(model, optimizer, guard, [batches.stream, val])
-        if start == 0 and cfg.init_from:
-            with dist.together():
-                load_initial(cfg.init_from, model, say=dist.is_main)
         net = dist.wrap(model, cfg)
 
         for step in run.steps(start):  # one more than there are updates: the last pass evaluates and saves
             if run.eval_due(step):
                 validate(net, model, val, step, run)
-            if run.save_due(step):
-                run.save(step, model, optimizer)
-            if run.stopping or step == cfg.steps:
+            last = run.asked_to_leave() or step == cfg.steps
+            if run.save_due(step, last):
+                run.save(step, model, optimizer, guard, wait=last)
+            if last:
                 break
-            run.log(step, **update(step, net, optimizer, batches, guard, dist, cfg))
-    return run.exit_code
+            lr = set_lr(optimizer, step, cfg)
+            total = forward_backward(net, batches, step, dist)
+            norm = clip_(net, cfg.grad_clip)
+            loss, grad_norm = torch.stack((total, norm)).tolist()  # the step's one wait for the device
+            if guard.passes(step, loss, grad_norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.log(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        return run.left()
 
 
 def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) -> None:

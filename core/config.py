@@ -31,6 +31,9 @@ CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks messages of one line, terminals or file systems
 
 
+GONE = {"replay_step"}  # options that runs and results of before have, which decided nothing
+
+
 class Config(BaseModel):
     """Everything that decides what a run computes; frozen and validated. Raises pydantic.ValidationError."""
 
@@ -122,18 +125,17 @@ class Config(BaseModel):
     spike_threshold: PositiveFloat = Field(
         8.0, description="what a jump is: so many robust standard deviations (MAD) of the log above the median of 128 steps"
     )
-    replay_step: int = Field(
-        -1,
-        ge=-1,
-        le=2**40,
-        description="compute this step again, show each micro-step's loss and gradient, write nothing; -1 is off",
-    )
     verify_data: Literal["quick", "full"] = Field(
         "quick", description="check of the shards at the start; quick: sizes and headers, full: every token and sha256"
     )
     dist_timeout: PositiveFloat = Field(
         600.0, le=1e9, description="seconds without progress after which a run gives up a hung rank"
     )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_gone(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in GONE}
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Config":
@@ -178,7 +180,7 @@ class Config(BaseModel):
 FREE_ON_RESUME = {
     "name", "out_dir", "data", "device", "dtype", "compile", "parallel", "activation_checkpointing", "kernel", "micro_batch",
     "eval_every", "eval_tokens", "final_eval_tokens", "log_every", "save_every", "keep_checkpoints", "async_checkpoint",
-    "wandb", "wandb_project", "tensorboard", "on_spike", "spike_threshold", "replay_step", "verify_data", "dist_timeout",
+    "wandb", "wandb_project", "tensorboard", "on_spike", "spike_threshold", "verify_data", "dist_timeout",
 }  # fmt: skip
 
 
@@ -257,7 +259,7 @@ def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             raise UserError(f"{file}: cannot be read ({error.strerror}); {near}a config file ends in .toml") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not TOML ({error})") from None
-        for key in layer:
+        for key in layer.keys() - GONE:
             if key not in Config.model_fields:
                 raise UserError(f"{file}: no such key {key!r}; {_did_you_mean(key, Config.model_fields)}--help lists them")
         values |= layer
@@ -321,6 +323,7 @@ ELSEWHERE = {  # what nanoGPT, llm.c and transformers call it → what it is her
     "eval_only": "eval_ppl.py RUN",
     "log_interval": "log_every",
     "always_save_checkpoint": "save_every",
+    "replay_step": "python -m lab.replay RUN STEP",
     "dropout": "nothing: the paper's models have none",
     "bias": "nothing: all linear layers have one, as GPT-2's",
     "wandb_log": "wandb, one of online, offline and disabled",
@@ -335,7 +338,8 @@ ELSEWHERE = {  # what nanoGPT, llm.c and transformers call it → what it is her
 
 def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     if word in ELSEWHERE and "lr" in (known := list(known)):
-        return f"here it is {prefix if not ELSEWHERE[word].startswith(('nothing', 'eval_ppl')) else ''}{ELSEWHERE[word]}. "
+        is_key = ELSEWHERE[word].split(",")[0].split(":")[0] in known
+        return f"here it is {prefix if is_key else ''}{ELSEWHERE[word]}. "
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
     near.sort(key=lambda one: sorted(one) != sorted(word))  # of those as near, the one with the same letters: rpoe is rope
     return f"did you mean {prefix}{near[0]}? " if near else ""

@@ -141,7 +141,7 @@ class Guard:
 
     def _say(self, step: int, jumps: str) -> None:
         then = {"warn": "the update is made", "skip": "the update is left out", "stop": "stopped before the update"}
-        text = f"step {step}: {jumps}; {then[self.cfg.on_spike]}, --replay_step={step} shows its micro-steps"
+        text = f"step {step}: {jumps}; {then[self.cfg.on_spike]}, `{self._replay(step)}` shows its micro-steps"
         if self.cfg.on_spike == "stop":
             raise UserError(f"{text}; {self._kept()}")
         if self.cfg.on_spike == "skip" and self._skips > MOST_SKIPS:
@@ -157,9 +157,12 @@ class Guard:
         if bad:
             where = f"first on rank {bad[0].rank}, micro-step {bad[0].micro}, {bad[0].tokens}, in the {bad[0].first}"
         raise UserError(
-            f"step {step}: {found}; {where}; stopped before the update, {self._kept()}; --replay_step={step} computes it "
-            f"again, a lower --lr (now {self.cfg.lr}) may help"
+            f"step {step}: {found}; {where}; stopped before the update, {self._kept()}; `{self._replay(step)}` computes "
+            f"it again, a lower --lr (now {self.cfg.lr}) may help"
         )
+
+    def _replay(self, step: int) -> str:
+        return f"python -m lab.replay {self.cfg.folder} {step}"
 
     def _kept(self) -> str:
         kept = [path.name for path in list_checkpoints(self.cfg.folder)[-1:]]

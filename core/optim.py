@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as the paper has them: linear warm-up, then a cosine."""
+"""What a step is made of: gradients over micro-steps, their norm, AdamW and its schedule as the paper has them."""
 
 import math
 
@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from core.config import Config
+from core.data import Batches
+from core.distributed import Distributed
 from core.fsdp import whole
 
 
@@ -32,6 +34,19 @@ def set_lr(optimizer: torch.optim.Optimizer, step: int, cfg: Config) -> float:
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
+
+
+def forward_backward(net: nn.Module, batches: Batches, step: int, dist: Distributed) -> Tensor:
+    """Accumulate the gradients of `step`; returns the true mean loss over its micro-steps and ranks."""
+    total = torch.zeros((), device=dist.device)
+    for micro in range(batches.grad_accum):
+        x_BT, y_BT = batches[step, micro]
+        with dist.sync_if(net, micro == batches.grad_accum - 1):
+            with dist.autocast():
+                loss = net(x_BT, y_BT) / batches.grad_accum
+            loss.backward()
+        total += loss.detach()
+    return dist.mean_(total)
 
 
 def clip_(model: nn.Module, limit: float) -> Tensor:

@@ -30,12 +30,13 @@ from core.checkpoint import (
 )
 from core.config import FREE_ON_RESUME, Config, to_toml
 from core.console import remark
-from core.data import TokenStream, check_unchanged
+from core.data import ShardRecord, TokenStream, check_unchanged
 from core.distributed import Distributed, format_name
 from core.errors import EXIT_REQUEUE, UserError
 from core.files import atomic_write, locked, standard_json, write_json
 from core.guard import Guard
 from core.host import heard
+from core.initial import load_initial
 from core.provenance import environment, git_version, source_of, warn_of_other_source
 from core.trackers import Progress, Tracker, make_trackers
 from model import GPT
@@ -53,7 +54,6 @@ class Run:
 
     def __init__(self, cfg: Config, dist: Distributed) -> None:
         self.cfg, self.dist, self.folder = cfg, dist, cfg.folder
-        self.stopping = False
         self._signal: int | None = None
         self._error: str | None = None  # of rank 0's files; the others learn of it at the next step
         self._open_things = ExitStack()
@@ -77,25 +77,21 @@ class Run:
         `streams` are the training and the validation data. Raises UserError, on all ranks, where another process is at work in
         the folder, where its run has another configuration or other data, where the data is damaged or the disk too full.
         """
-        self._guard = guard
         with self.dist.together():
             found = self._find() if self.dist.is_main else None
-            data: dict[str, Any] = {"tokenizer": streams[0].tokenizer, "train_tokens": len(streams[0])}
             if self.dist.is_main and self.cfg.verify_data == "full":
                 for stream in streams:
                     stream.verify()
-            if self.dist.is_main and found:
-                check_same(found[1], self.cfg, data)
-                warn_of_other_source(found[0], found[1])
-                self._shards = check_unchanged(found[1].shards, streams)
-            elif self.dist.is_main:
-                self._shards = [record for stream in streams for record in stream.records()]
-        self._data = data
-        torch.manual_seed(self.cfg.seed)
+            if self.dist.is_main:
+                self._data = data_of(streams)
+                self._shards = check_all_same(found, self.cfg, streams) if found else records_of(streams)
         found = self.dist.from_main(found)
         with self.dist.together():
+            load(found, model, optimizer, guard, self.cfg, say=self.dist.is_main)
             if found:
-                self._load(found, model, optimizer)
+                state = found[1]
+                self._start, self._val_loss, self._val_step = state.step, state.val_loss, state.val_step
+                self._saved = (state.step, state.val_step)
             if self.dist.is_main and not self.finished:
                 self._open(found, model)
         return self._start
@@ -109,14 +105,6 @@ class Run:
                 f"{self.folder}: has checkpoints, and none of them is whole; restore one, or move the folder away to begin anew"
             )
         return found
-
-    def _load(self, found: tuple[Path, State], model: GPT, optimizer: Optimizer) -> None:
-        path, state = found
-        load_weights(path, model)
-        load_optimizer(path, model, optimizer)
-        self._guard.restore(state.guard)
-        self._start, self._val_loss, self._val_step = state.step, state.val_loss, state.val_step
-        self._saved = (state.step, state.val_step)
 
     @property
     def finished(self) -> bool:
@@ -147,32 +135,38 @@ class Run:
         if self.dist.any(self._signal is not None):
             raise Leaving
 
-    def save_due(self, step: int) -> bool:
-        """Every save_every steps, at the end, and when any rank was asked to leave. All ranks must ask.
+    def asked_to_leave(self) -> bool:
+        """Whether any rank was sent a signal. All ranks must ask.
 
         Raises UserError on all ranks where rank 0 could not write its files.
         """
-        self.stopping = self.dist.any(self._signal is not None or self._error is not None or self._writer.failed)
-        if self.stopping:
+        wanted = self.dist.any(self._signal is not None or self._error is not None or self._writer.failed)
+        if wanted:
             with self.dist.together():
                 if self._error:
                     raise UserError(self._error)
                 if self._writer.failed:
                     self._writer.wait()
-        due = step % self.cfg.save_every == 0 or step == self.cfg.steps or self.stopping
-        return due and step > 0 and (step, self._val_step) != self._saved
+        return wanted
 
-    def save(self, step: int, model: GPT, optimizer: Optimizer) -> None:
-        """Write a checkpoint; only when it is safe are old ones deleted. Raises UserError on all ranks where it fails."""
+    def save_due(self, step: int, last: bool) -> bool:
+        """Every save_every steps, and at the `last` one of this start; not what is saved already."""
+        return (last or step % self.cfg.save_every == 0) and step > 0 and (step, self._val_step) != self._saved
+
+    def save(self, step: int, model: GPT, optimizer: Optimizer, guard: Guard, wait: bool) -> None:
+        """Write a checkpoint, with `wait` until it is on disk; only when it is safe are old ones deleted.
+
+        Raises UserError on all ranks where it fails.
+        """
         self.dist.at(f"step {step}: saving")
         with self.dist.together():
-            self._writer.save(model, optimizer, self._state(step) if self.dist.is_main else None)
-            if self.stopping or step == self.cfg.steps:
+            self._writer.save(model, optimizer, self._state(step, guard) if self.dist.is_main else None)
+            if wait:
                 self._writer.wait()
         self._saved = (step, self._val_step)
         self._restart_clock()
 
-    def _state(self, step: int) -> State:
+    def _state(self, step: int, guard: Guard) -> State:
         os.fsync(self._log_file)
         return State(
             step=step,
@@ -183,7 +177,7 @@ class Run:
             val_loss=self._val_loss,
             val_step=self._val_step,
             log_bytes=self._log_file.tell(),
-            guard=self._guard.history,
+            guard=guard.history,
             git=git_version(),
             source=source_of(self.cfg.encoding),
             dtype=format_name(self.dist.dtype),
@@ -218,10 +212,14 @@ class Run:
         if text and self.dist.is_main:
             print(f"warning: step {step}: {text}", file=sys.stderr)
 
-    @property
-    def exit_code(self) -> int:
-        """0 when the run is finished, EXIT_REQUEUE when a signal ended it early."""
-        return 0 if self.finished else EXIT_REQUEUE
+    def left(self) -> int:
+        """The exit code: 0 when the run is finished; EXIT_REQUEUE when a signal ended it early, which is said."""
+        if self.finished:
+            return 0
+        if self.dist.is_main:
+            saved = f"saved at step {self._saved[0]}" if self._saved[0] else "nothing new to save"
+            print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
+        return EXIT_REQUEUE
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
@@ -266,7 +264,6 @@ class Run:
         self._trackers = make_trackers(self.cfg, self.folder, self._start, read_log(log.read_bytes()))
         for tracker in self._trackers:
             self._open_things.callback(tracker.close)
-        self._open_things.callback(self._farewell)
         n = this_start["n_params"]
         remark(
             f"{self.folder}: {self.cfg.encoding}, {n['total']:,} parameters ({n['embedding']:,} of the embedding and head, "
@@ -281,11 +278,6 @@ class Run:
             return []
         return starts if isinstance(starts, list) else []
 
-    def _farewell(self) -> None:
-        if self.stopping and not self.finished and not self._error:
-            saved = f"saved at step {self._saved[0]}" if self._saved[0] else "nothing new to save"
-            print(f"{self.folder}: {saved}, left when asked to; the same command goes on from here", file=sys.stderr)
-
 
 def read_log(text: bytes) -> list[dict[str, Any]]:
     """The whole records in `text`; a full disk or a power cut may have left part of one."""
@@ -296,6 +288,16 @@ def read_log(text: bytes) -> list[dict[str, Any]]:
     return [record for record in found if isinstance(record, dict) and "step" in record]
 
 
+def data_of(streams: Sequence[TokenStream]) -> dict[str, Any]:
+    """What a run's state says of its data beside the shards: the tokenizer, and the number of tokens to train on."""
+    return {"tokenizer": streams[0].tokenizer, "train_tokens": len(streams[0])}
+
+
+def records_of(streams: Sequence[TokenStream]) -> list[ShardRecord]:
+    """The shards that a run begins with."""
+    return [record for stream in streams for record in stream.records()]
+
+
 def check_same(state: State, cfg: Config, data: dict[str, Any]) -> None:
     """Raise UserError where the run of a checkpoint's `state` computes something else than `cfg` on `data` would."""
     before, now = state.config | {key: getattr(state, key) for key in data}, cfg.model_dump() | data
@@ -303,3 +305,29 @@ def check_same(state: State, cfg: Config, data: dict[str, Any]) -> None:
     if differing:
         what = ", ".join(f"{key} = {before[key]!r} (now {now[key]!r})" for key in differing)
         raise UserError(f"{cfg.folder}: holds a run with {what}; give this one another --name or --out_dir, or the same values")
+
+
+def check_all_same(found: tuple[Path, State], cfg: Config, streams: Sequence[TokenStream]) -> list[ShardRecord]:
+    """Raise UserError where the run of the checkpoint `found` has another configuration or other data; warn of other code.
+
+    Returns the shards of training and validation as they are now.
+    """
+    path, state = found
+    check_same(state, cfg, data_of(streams))
+    warn_of_other_source(path, state)
+    return check_unchanged(state.shards, streams)
+
+
+def load(found: tuple[Path, State] | None, model: GPT, optimizer: Optimizer, guard: Guard, cfg: Config, say: bool) -> None:
+    """Bring everything to where training goes on: the checkpoint `found`, or the start, which may be cfg.init_from.
+
+    With `say`, what is taken of that is said on stderr.
+    """
+    torch.manual_seed(cfg.seed)
+    if found:
+        path, state = found
+        load_weights(path, model)
+        load_optimizer(path, model, optimizer)
+        guard.restore(state.guard)
+    elif cfg.init_from:
+        load_initial(cfg.init_from, model, say)

@@ -17,7 +17,7 @@ from core.sweep import trial
 from model import GPT
 
 ON_RANK_1 = os.environ.get("RANK") == "1"
-forward, update, disk_usage = GPT.forward, trial.update, shutil.disk_usage
+forward, update, disk_usage = GPT.forward, trial.take_step, shutil.disk_usage
 
 
 def forward_without_memory(model: GPT, *args: torch.Tensor, **options: object) -> torch.Tensor:
@@ -42,7 +42,7 @@ def trial_encoding(net: torch.nn.Module) -> str:
 
 
 GPT.forward = forward_without_memory  # type: ignore[method-assign]
-trial.update = update_that_goes_astray  # type: ignore[assignment]
+trial.take_step = update_that_goes_astray  # type: ignore[assignment]
 shutil.disk_usage = lambda path: disk_usage(path)._replace(free=1_000_000)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""train.py several times in one start of the ranks, which takes longer than a small run: words of each run, "+" between."""
+"""train.py, or lab.replay after "replay", several times in one start of the ranks: words of each, "+" between."""
 
 import sys
 from itertools import groupby
@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from core.config import load_config
 from core.errors import command
+from lab.replay import show
 from train import train
 
 
@@ -15,7 +16,8 @@ from train import train
 def main() -> None:
     for is_next, words in groupby(sys.argv[1:], lambda word: word == "+"):
         if not is_next:
-            train(load_config(list(words)))
+            first, *rest = words
+            show(rest) if first == "replay" else train(load_config([first, *rest]))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_a_job_on_two_nodes_is_preempted_queued_again_and_makes_the_table(small,
         word for word in small if not word.startswith(("--data", "--out_dir", "--steps", "--warmup", "--save", "--eval_every"))
     ]
     words = [*toy, "--steps=30", "--eval_every=30", "--save_every=30"]
-    command, hold = ["bash", SCRIPT, *words], Hold(tmp_path, "core.step:update", 8)
+    command, hold = ["bash", SCRIPT, *words], Hold(tmp_path, "core.optim:set_lr", 8)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=env | hold.env, **pipes))
     run = tmp_path / "tiny-rope"

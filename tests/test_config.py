@@ -134,7 +134,15 @@ def test_names_from_elsewhere_are_none_of_ours():
     assert not set(ELSEWHERE) & set(Config.model_fields)
     for words in ELSEWHERE.values():
         name = re.match(r"\w+", words)[0]
-        assert name in Config.model_fields or name in ("nothing", "eval_ppl"), words
+        assert name in Config.model_fields or name in ("nothing", "eval_ppl", "python"), words
+
+
+def test_an_option_that_is_gone_is_read_from_what_was_written_before(tmp_path):
+    (tmp_path / "a.toml").write_text("replay_step = -1\nn_layer = 3")
+    cfg = load_config([str(tmp_path / "a.toml")])
+    assert cfg.n_layer == 3 and Config(**cfg.model_dump(), replay_step=-1) == cfg
+    with pytest.raises(UserError, match=r"--replay_step=7: no such option; here it is python -m lab\.replay RUN STEP"):
+        load_config(["--replay_step=7"])
 
 
 def test_a_name_from_elsewhere_in_a_file(tmp_path):

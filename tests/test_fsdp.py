@@ -61,7 +61,7 @@ def test_fsdp_equals_ddp_and_one_process_and_each_goes_on_from_the_others_checkp
     words = [*small, "--encoding=carope"]
     for name, begun in (("to-ddp", "fsdp"), ("to-fsdp", "ddp"), ("to-one", "fsdp")):
         as_if_killed(tmp_path / f"carope-{begun}", tmp_path / name)
-    replay = [*words, "--name=carope-one", "--replay_step=5"]
+    replay = ["replay", str(tmp_path / "carope-one"), "5"]
     shown = on_two_ranks(
         [*words, "--name=to-ddp"],
         [*words, "--name=to-fsdp", "--parallel=fsdp", RECOMPUTING, "--async_checkpoint=true", "--save_every=1"],

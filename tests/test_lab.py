@@ -108,7 +108,7 @@ def test_it_goes_on_from_its_results_when_the_runs_are_gone(words, tmp_path):
 def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp_path, monkeypatch):
     """By a clock that stands still until the run of the first encoding is in its third step, and then is far ahead."""
     words.append("--log_every=1")
-    hold, stop = Hold(tmp_path, "core.step:update", 3), jobs.Job.stop
+    hold, stop = Hold(tmp_path, "core.optim:set_lr", 3), jobs.Job.stop
     clock = SimpleNamespace(monotonic=lambda: 1e9 if hold.is_reached() else 0.0, sleep=time.sleep)
     for name, value in hold.env.items():
         monkeypatch.setenv(name, value)

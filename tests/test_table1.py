@@ -94,7 +94,7 @@ def test_a_folder_that_holds_another_run_is_planned_around_and_refused(words):
 def test_a_signal_stops_the_run_in_order_and_the_same_command_goes_on(words, tmp_path):
     words = [word for word in words if not word.startswith(("--steps", "--save_every", "--warmup"))]
     words += ["--steps=30", "--save_every=1000", "--warmup_steps=0", "--eval_every=1000"]
-    hold, log = Hold(tmp_path, "core.step:update", 8), tmp_path / "demo-rope/log.jsonl"
+    hold, log = Hold(tmp_path, "core.optim:set_lr", 8), tmp_path / "demo-rope/log.jsonl"
     child = start_command(*words, env=hold.env)
     hold.reached(child)
     child.send_signal(signal.SIGTERM)

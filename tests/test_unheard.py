@@ -59,7 +59,7 @@ def test_closed_streams_do_not_become_files_of_the_run(words, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_where_nobody_listens(words, tmp_path, number):
-    hold, out = Hold(tmp_path, "core.step:update", 6), nobody()
+    hold, out = Hold(tmp_path, "core.optim:set_lr", 6), nobody()
     child = start_command("train.py", *words, env=hold.env, stdout=out, stderr=out)
     hold.reached(child)
     child.send_signal(number)
@@ -75,7 +75,7 @@ def ignore_hangup() -> None:
 
 
 def test_under_nohup_a_terminal_that_closes_changes_nothing(words, tmp_path):
-    hold = Hold(tmp_path, "core.step:update", 6)
+    hold = Hold(tmp_path, "core.optim:set_lr", 6)
     child = start_command("train.py", *words, env=hold.env, real=True, preexec_fn=ignore_hangup)
     hold.reached(child)
     child.send_signal(signal.SIGHUP)

@@ -81,7 +81,7 @@ def test_online_a_run_goes_on_under_its_id_and_gets_its_perplexities(small, tmp_
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path)
         words = [*small, *LONGER, "--wandb=online", "--wandb_project=p"]
-        hold = Hold(tmp_path, "core.step:update", 20)
+        hold = Hold(tmp_path, "core.optim:set_lr", 20)
         child = start_command("train.py", *words, env=env | hold.env)
         hold.reached(child)
         ((run_id, stored),) = server.runs.items()
@@ -146,7 +146,7 @@ def test_a_server_that_goes_away_stops_no_training(small, tmp_path):
     with wandb_server.serving() as server:
         env = wandb_server.client_env(server.url, tmp_path) | {"WANDB_FINISH_TIMEOUT": "3"}
         words = [*small, *LONGER, "--wandb=online"]
-        hold = Hold(tmp_path, "core.step:update", 20)
+        hold = Hold(tmp_path, "core.optim:set_lr", 20)
         child = start_command("train.py", *words, env=env | hold.env)
         hold.reached(child)
         server.die()

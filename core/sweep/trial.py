@@ -33,8 +33,7 @@ from core.guard import Guard
 from core.host import ranks
 from core.kernels.support import check_kernel
 from core.measure import interleave, spread
-from core.optim import make_optimizer
-from core.step import forward_backward, update
+from core.optim import clip_, forward_backward, make_optimizer, set_lr
 from model import GPT
 from text.shards import write_shard
 
@@ -73,7 +72,7 @@ def take_steps(cfg: Config, dist: Distributed, timed: int, folder: Path | None) 
     losses: list[float] = []
 
     def step() -> None:
-        losses.append(update(len(losses), net, optimizer, batches, guard, dist, cfg)["loss"])
+        losses.append(take_step(len(losses), net, optimizer, batches, guard, dist, cfg)["loss"])
 
     def careful_step() -> None:
         # A rank that runs out of memory while the others wait for its gradients would leave them waiting: each by itself first
@@ -106,6 +105,20 @@ def build(cfg: Config, dist: Distributed) -> tuple[Batches, GPT, Optimizer]:
     batches = Batches(cfg, "train", dist)
     model = dist.shard(GPT(cfg), cfg)
     return batches, model, make_optimizer(model, cfg)
+
+
+def take_step(
+    step: int, net: nn.Module, optimizer: Optimizer, batches: Batches, guard: Guard, dist: Distributed, cfg: Config
+) -> dict[str, float]:
+    """A step as it stands in train.py's loop, for what takes steps and keeps no run; returns what the loop would log."""
+    lr = set_lr(optimizer, step, cfg)
+    total = forward_backward(net, batches, step, dist)
+    norm = clip_(net, cfg.grad_clip)
+    loss, grad_norm = torch.stack((total, norm)).tolist()
+    if guard.passes(step, loss, grad_norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "lr": lr, "grad_norm": grad_norm}
 
 
 def together(dist: Distributed, act: Callable[[], T]) -> T:

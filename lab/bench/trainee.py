@@ -26,7 +26,7 @@ from core.guard import Guard
 from core.measure import matmul, release, synchronize, turn
 from core.optim import make_optimizer
 from core.run import Run
-from core.step import update
+from core.sweep.trial import take_step
 from eval_ppl import evaluate
 from lab.bench.turns import Candidate, own_stdout, serve
 from model import GPT
@@ -70,8 +70,8 @@ class Trainee:
         """What train.py does for a step."""
         step = next(self._steps)
         self.run.eval_due(step)
-        self.run.save_due(step)
-        self.run.log(step, **update(step, self.net, self.optimizer, self.batches, self.guard, self.dist, self.cfg))
+        self.run.save_due(step, last=self.run.asked_to_leave())
+        self.run.log(step, **take_step(step, self.net, self.optimizer, self.batches, self.guard, self.dist, self.cfg))
 
     def bare(self) -> None:
         """Forward, backward, optimizer; nothing else."""

@@ -58,7 +58,7 @@ def neox_config(cfg: Config, n_vocab: int) -> dict[str, Any]:
 
 
 # Of a run's configuration, what says where things are and not what was computed
-LEFT_OUT = {"out_dir", "data", "wandb", "wandb_project", "tensorboard", "device", "replay_step", "init_from"}
+LEFT_OUT = {"out_dir", "data", "wandb", "wandb_project", "tensorboard", "device", "init_from"}
 
 
 def carope_config(cfg: Config, n_vocab: int) -> dict[str, Any]:

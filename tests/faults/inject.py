@@ -1,5 +1,7 @@
 """train.py with a fault inside: INJECT="what rank step micro" in the environment, what one of the names below.
 
+Or lab.replay, after the word "replay".
+
 INJECT_PATIENCE_S, where it is given, is --dist_timeout from that step on.
 
 Only the place where the fault strikes is arranged; what happens then is the training code's own doing.
@@ -18,6 +20,7 @@ import torch
 import train
 from core import data
 from core.errors import command
+from lab.replay import show
 from model import GPT
 
 WHAT, RANK, STEP, MICRO = (*os.environ["INJECT"].split(), "0", "0", "0")[:4]
@@ -59,4 +62,6 @@ data.Batches.__getitem__ = poisoned_read  # type: ignore[method-assign]
 GPT.forward = poisoned_forward  # type: ignore[method-assign]
 
 if __name__ == "__main__":
+    if sys.argv[1] == "replay":
+        command(lambda: show(sys.argv[2:]))()
     command(train.main.__wrapped__)()

@@ -28,7 +28,7 @@ def test_a_killed_run_ends_bit_for_bit_like_another(fault, small, tmp_path, rank
     happened = fault(f"kill -9 of every process in step 19, {ranks} rank(s), {dtype}, compile off")
     words = [*small, *WORDS, f"--dtype={dtype}", "--steps=30", "--save_every=7", "--compile=off"]
     launcher = ["core.launch", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    hold = Hold(tmp_path, "core.step:update", 20)
+    hold = Hold(tmp_path, "core.optim:set_lr", 20)
     child = start_command(*launcher, "train.py", *words, "--name=parts", env=hold.env, real=True)
     hold.reached(child)
     for process in [*psutil.Process(child.pid).children(recursive=True), child]:
@@ -67,7 +67,7 @@ def test_other_numbers_of_ranks_see_the_same_batches(fault, small, tmp_path):
 def test_wandb_and_tensorboard_go_on_without_gap_or_repetition(fault, small, tmp_path, number):
     happened = fault(f"{number.name} in the middle of a run that logs to wandb (offline) and TensorBoard")
     words = [*small, *WORDS, "--name=r", "--steps=200", "--save_every=40", "--wandb=offline", "--tensorboard=true"]
-    hold = Hold(tmp_path, "core.step:update", 120)  # well beyond a checkpoint
+    hold = Hold(tmp_path, "core.optim:set_lr", 120)  # well beyond a checkpoint
     child = start_command("train.py", *words, env=hold.env)
     hold.reached(child)
     child.send_signal(number)

@@ -18,6 +18,11 @@ from model import GPT
 from train import train
 
 INJECT = Path(__file__).with_name("inject.py")
+MISTAKES = [
+    (("{}/r", "8"), "step 8: the run's steps are 0 to 7"),
+    (("{}", "1"), "no run folder, it has no config.toml"),
+    (("{}/r", "1", "--n_layer=1"), "--n_layer: the run has 2, and would have been another one"),
+]
 WORDS = ["--encoding=carope", "--name=r", "--save_every=2"]
 
 
@@ -43,7 +48,7 @@ def test_nan_on_one_of_two_ranks_stops_both_before_the_update(fault, small, tmp_
     assert done.returncode == 2 and "Traceback" not in done.stderr
     # step 5 of 512 tokens, micro-step 1, rank 1, rows of 4 × 32 tokens: 5·512 + (1·2 + 1)·128
     for part in ("step 5: ", "first on rank 1, micro-step 1, 128 tokens from 2,944 of the stream", "train_000001.bin", where,
-                 "the last checkpoint is step_000004", "--replay_step=5"):  # fmt: skip
+                 "the last checkpoint is step_000004", f"`python -m lab.replay {tmp_path}/r 5`"):  # fmt: skip
         assert part in line, (part, line)
     assert_clean(tmp_path / "r")
     assert newest_checkpoint(tmp_path / "r")[1].step == 4
@@ -51,10 +56,10 @@ def test_nan_on_one_of_two_ranks_stops_both_before_the_update(fault, small, tmp_
 
 
 def test_the_step_can_be_replayed(fault, small, tmp_path):
-    happened = fault("NaN at step 5, replayed with --replay_step=5 on one rank and, without it, at step 3")
+    happened = fault("NaN at step 5, replayed by lab.replay on one rank")
     assert inject("nan_loss 0 5 2", *small, *WORDS).returncode == 2
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")}
-    done = inject("nan_loss 0 5 2", *small, *WORDS, "--replay_step=5")
+    done = inject("nan_loss 0 5 2", "replay", tmp_path / "r", 5)
     assert done.returncode == 0, done.stderr
     rows = [line.split(maxsplit=4) for line in done.stdout.splitlines()[3:]]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"] and [row[2] == "nan" for row in rows] == [False, False, True, False]
@@ -65,13 +70,16 @@ def test_the_step_can_be_replayed(fault, small, tmp_path):
 
 def test_a_replayed_step_has_the_loss_it_had(small, tmp_path, capsys):
     train(load_config([*small, *WORDS]))
-    assert train(load_config([*small, *WORDS, "--replay_step=7"])) == 0
-    out = capsys.readouterr().out
+    capsys.readouterr()
+    done = run_command("lab.replay", tmp_path / "r", 7)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     losses = [float(line.split()[2]) for line in out.splitlines() if re.match(r" +\d+ +0 ", line)]
     (logged,) = [r["loss"] for r in records(tmp_path / "r") if r["step"] == 7]
     assert len(losses) == 4 and sum(losses) / 4 == pytest.approx(logged, abs=1e-3)
-    with pytest.raises(UserError, match="replay_step = 8: the run's steps are 0 to 7"):
-        train(load_config([*small, *WORDS, "--replay_step=8"]))
+    for words, message in MISTAKES:
+        done = run_command("lab.replay", *(word.format(tmp_path) for word in words))
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_validation_that_is_not_finite_is_no_checkpoint(fault, small, tmp_path):

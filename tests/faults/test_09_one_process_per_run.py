@@ -51,7 +51,7 @@ def test_a_start_waits_for_its_predecessor_to_save(fault, small, tmp_path):
     child = start_command("train.py", *words, "--steps=100000", "--save_every=100000")
     wait_until(child, lambda: logged(tmp_path / "r") > 1)
     child.terminate()
-    done = run_command("train.py", *words, "--steps=100000", "--replay_step=0")  # only reads: needs no lock
+    done = run_command("lab.replay", tmp_path / "r", 0)  # only reads: needs no lock
     assert done.returncode == 0, done.stderr
     child.communicate()
     holder = start_command("-c", HOLD, tmp_path / "r", stdin=subprocess.PIPE)
