@@ -41,12 +41,12 @@ from core.errors import UserError, at_least, command
 from core.figures import draw_profiles
 from core.files import write_json
 from core.fsdp import is_sharded, uncompiled
+from core.numerics import widest
 from core.provenance import git_version, source_of, warn_of_other_source
 from core.results import Question, Result, beside, check_file, closing, read_results, render, special
 from core.upload import tracked, upload
 from core.windows import Profile, Windows, counted, losses
 from model import GPT
-from positional.base import widest
 from positional.scaling import SCALINGS, rescale
 
 

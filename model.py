@@ -13,72 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from core.bias import Attend, attend, attention_of
 from core.cache import KVCache
 from core.kernels.cross_entropy import linear_cross_entropy
-from core.kernels.support import rotation_kernel
-from positional import ENCODINGS, PositionalEncoding
-from positional.base import once, widest
-
-
-class _Coordinates(KVCache):
-    """A cache that also notes every encoding with the coordinates it gave, in the order of the layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[PositionalEncoding, Tensor | None]] = []
-
-    def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
-        new, every = super().locate(layer, encoding, x_BTC, pos_T)
-        self.seen.append((encoding, new))
-        return new, every
-
-
-class Located:
-    """Where the tokens of one forward pass stand, as one encoding measures it, ready for attention to use.
-
-    A kernel has no use for coordinates; with a cache there is none, as decoding goes on from those of the last token.
-    """
-
-    def __init__(self, encoding: PositionalEncoding, layer: int, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
-        self.rotation = None
-        self.attend: Attend = attend
-        kernel = encoding.kernel if cache is None else None
-        if kernel and (x_BTC.is_cuda or kernel.interpreted):
-            self.rotation = kernel(encoding.frequency(x_BTC), encoding.n_pairs, encoding.inclusive)
-            return
-        if cache is None:
-            coords_q = coords_k = encoding.coords(x_BTC, pos_T)
-        else:
-            coords_q, coords_k = cache.locate(layer, encoding, x_BTC, pos_T)
-        self.encoding = encoding
-        self.frame = once(encoding.frame(coords_q))
-        self.attend = attention_of(encoding, coords_q, coords_k, len(pos_T) if cache is None else len(cache) + len(pos_T))
-
-    def rotate(self, qkv_BTM: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k turned to their positions, and v, each (B, H, T, D), from c_attn's output, M = 3C."""
-        B, T, _ = qkv_BTM.shape
-        if self.rotation is not None:
-            return self.rotation(qkv_BTM.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4))
-        # Split first: the backward pass then writes three gradients side by side and transposes none of them
-        q, k, v = (u_BTC.view(B, T, n_head, -1).transpose(1, 2) for u_BTC in qkv_BTM.chunk(3, dim=-1))
-        return *self.encoding.turn(q, k, self.frame), v
-
-
-class Positions:
-    """Where the tokens of one forward pass stand, for every layer; what the layers share is computed once."""
-
-    def __init__(self, shared: PositionalEncoding | None, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None) -> None:
-        self.encoding, self.x_BTC, self.pos_T, self.cache = shared, x_BTC, pos_T, cache
-        self.located = None if shared is None or shared.hidden else Located(shared, -1, x_BTC, pos_T, cache)
-
-    def at(self, layer: int, own: PositionalEncoding | None, h_BTC: Tensor) -> Located:
-        """For block `layer`, which has the encoding `own` or none of its own, and `h_BTC` for its ln_1 output."""
-        if self.located is not None:
-            return self.located
-        encoding = own or self.encoding
-        assert encoding is not None
-        return Located(encoding, layer, h_BTC if encoding.hidden else self.x_BTC, self.pos_T, self.cache)
+from core.numerics import widest
+from positional import ENCODINGS, PositionalEncoding, Positions
 
 
 class Attention(nn.Module):
@@ -90,10 +28,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
-    def forward(self, x_BTC: Tensor, located: Located, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         B, T, C = x_BTC.shape
-        q, k, v = located.rotate(self.c_attn(x_BTC), self.n_head)
-        y_BHTD = located.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, located.attend)
+        q, k, v = positions.turn(self.c_attn(x_BTC), self.n_head)
+        y_BHTD = positions.attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v, positions.attend)
         return self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
 
 
@@ -110,20 +48,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; holds an encoding of its own where the encoding is per layer."""
+    """Pre-norm transformer block; `shared` is the encoding of all blocks, where each has not one of its own."""
 
-    def __init__(self, cfg: Any, layer: int) -> None:
+    def __init__(self, cfg: Any, layer: int, shared: PositionalEncoding | None) -> None:
         super().__init__()
         self.layer = layer
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
         self.attn = Attention(cfg, layer)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg)
-        self.wpe = ENCODINGS[cfg.encoding](cfg) if ENCODINGS[cfg.encoding].per_layer else None
+        if shared is None:
+            self.wpe = ENCODINGS[cfg.encoding](cfg)
+        else:
+            vars(self)["wpe"] = shared  # not as a module of the block's: its parameters are the model's
 
-    def forward(self, x_BTC: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, emb_BTC: Tensor, pos_T: Tensor, positions: Positions | None, cache: KVCache | None
+    ) -> Tensor:
+        """`positions` as all blocks share them, or None where they depend on the block; `emb_BTC` are the token embeddings."""
         h_BTC = self.ln_1(x_BTC)
-        x_BTC = x_BTC + self.attn(h_BTC, positions.at(self.layer, self.wpe, h_BTC), cache)
+        if positions is None:
+            positions = self.wpe(h_BTC if self.wpe.hidden else emb_BTC, pos_T, cache, self.layer)
+        x_BTC = x_BTC + self.attn(h_BTC, positions, cache)
         return x_BTC + self.mlp(self.ln_2(x_BTC))
 
 
@@ -139,12 +85,11 @@ class GPT(nn.Module):
         encoding = ENCODINGS[cfg.encoding]
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.head: nn.Module | None = None  # in place of wte's weights, with which it is tied: core.kernels.packed
-        self.h = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        wpe = None if encoding.per_layer else encoding(cfg)
+        self.h = nn.ModuleList(Block(cfg, layer, wpe) for layer in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
-        self.wpe = None if encoding.per_layer else encoding(cfg)
+        self.wpe = wpe
         self.encodings: list[PositionalEncoding] = [m for m in self.modules() if isinstance(m, PositionalEncoding)]
-        for one in self.encodings:
-            one.kernel = rotation_kernel(cfg.kernel, type(one))
         # Longest input the encoding has positions for; None is unlimited
         self.max_len = min((e.max_len for e in self.encodings if e.max_len is not None), default=None)
         with torch.random.fork_rng(devices=[]):
@@ -199,18 +144,20 @@ class GPT(nn.Module):
                 f"sequence of {start + T} tokens: encoding {self.cfg.encoding!r} has positions for {self.max_len} only"
             )
         pos_T = torch.arange(start, start + T, device=idx_BT.device)
-        x_BTC = self.wte(idx_BT)
-        positions = Positions(self.wpe, x_BTC, pos_T, cache)
+        x_BTC = emb_BTC = self.wte(idx_BT)
+        positions = None
         if self.wpe is not None:
-            x_BTC = self.wpe.embed(x_BTC, pos_T)
+            positions = None if self.wpe.hidden else self.wpe(emb_BTC, pos_T, cache)
+            x_BTC = self.wpe.embed(emb_BTC, pos_T)
         if self.cfg.residual == "bfloat16" and torch.is_autocast_enabled(x_BTC.device.type):
             x_BTC = x_BTC.bfloat16()
         recompute = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for block in self.h:
             if recompute:  # of a block only its input is kept; nothing in it is random, so no generator's state either
-                x_BTC = checkpoint(block, x_BTC, positions, None, use_reentrant=False, preserve_rng_state=False)
+                recomputed: Any = {"use_reentrant": False, "preserve_rng_state": False}
+                x_BTC = checkpoint(block, x_BTC, emb_BTC, pos_T, positions, None, **recomputed)
             else:
-                x_BTC = block(x_BTC, positions, cache)
+                x_BTC = block(x_BTC, emb_BTC, pos_T, positions, cache)
         if cache is not None:
             cache.length += T
         if last_only:  # of a long prompt, the other logits would take more memory than all the rest
@@ -226,9 +173,18 @@ class GPT(nn.Module):
 
         Over layers a …_min is their least, a …_max their greatest, anything else their mean.
         """
-        cache = _Coordinates()
-        self(idx_BT, cache=cache)
-        found = [encoding.health(coords) for encoding, coords in cache.seen if coords is not None]
+        found = []
+
+        def note(encoding: PositionalEncoding, inputs: tuple[Tensor, Tensor], _: Positions) -> None:
+            if (coords := encoding.coords(*inputs[:2])) is not None:
+                found.append(encoding.health(coords))
+
+        hooks = [encoding.register_forward_hook(note) for encoding in self.encodings]
+        try:
+            self(idx_BT, last_only=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
         over = {"min": min, "max": max}
         merged = {}
         for key in found[0] if found else ():

@@ -1,28 +1,96 @@
-"""Causal attention: torch's, except where blocks of plain matmuls are faster.
+"""Causal attention, with whatever an encoding adds to the logits, in the cheapest way that there is.
 
-Torch's flash attention for CPUs takes, in bf16, two to four times as long as its matmuls would. Here a block of queries at a
+Torch's flash attention for CPUs takes, in bf16, two to four times as long as its matmuls would. There a block of queries at a
 time meets the keys it may see, so a good part of the half above the diagonal is never computed. The probabilities are kept for
-the backward pass, in the type of the matmul, which is why this is for short sequences; results/LOG.md has the
-measurements behind PAYS. A token's attention to the keys of a cache is decode.cpp's, where that can be had.
+the backward pass, in the type of the matmul, which is why this is for short sequences; results/LOG.md has the measurements
+behind PAYS. A token's attention to the keys of a cache is decode.cpp's, where that can be had.
 
-Shapes: N batch times heads, T positions, S keys, D head width, t queries of a block, s keys they may see.
+Shapes: B batch, T new positions, S cached and new positions, H heads, D head width, N batch times heads, t queries of a block,
+s keys they may see.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from core.kernels.key_bias import with_gradient
 from core.kernels.native import LANES, native
-from positional.base import eager_on_cpu, once, round_to_bf16
+from core.numerics import eager_on_cpu, once, round_to_bf16
 
+BIAS_ELEMENTS = 2**19  # of a block's bias, per head: 512 queries at 1024 keys, 64 at 8192
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries (B, H, T, D), keys and values (B, H, S, D) → (B, H, T, D)
 BLOCK = 128  # queries at a time
 PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengths at which this is faster than torch's own
+
+
+def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Causal attention of T queries at the end of S keys, (B, H, T, D)."""
+    return attention(q_BHTD, k_BHSD, v_BHSD, causal_mask(q_BHTD.size(2), k_BHSD.size(2), bias, q_BHTD))
+
+
+def causal_mask(T: int, S: int, bias: Tensor | None, q: Tensor) -> Tensor | None:
+    """The additive or boolean mask of T queries at the end of S keys; None where `is_causal` or nothing says it all."""
+    if bias is None and (T in (1, S)):
+        return None
+    visible_TS = visible(T, S, q.device)
+    return visible_TS if bias is None else bias.to(q.dtype).masked_fill(~visible_TS, -math.inf)
+
+
+def visible(T: int, S: int, device: torch.device) -> Tensor:
+    """Which of S keys the last T tokens may see, (T, S)."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def attend_by_key(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, c_BHS: Tensor) -> Tensor:
+    """The same, where the logit of query i and key j grows by c_j − c_i, (B or 1, H, S) float32 or wider."""
+    T, S = q_BHTD.size(2), k_BHSD.size(2)
+    if T == S > 1 and (q_BHTD.dtype == torch.bfloat16 or blocks_pay(q_BHTD)):
+        return attention(q_BHTD, k_BHSD, v_BHSD, None, c_BHS)
+    # The difference itself: of a long text c is so large that fp32 logits with c_j alone on top would lose digits
+    c_BHT = c_BHS[..., S - T :]
+    return attend_by_bias(q_BHTD, k_BHSD, v_BHSD, lambda t, s: c_BHS[..., None, s] - c_BHT[..., t, None])
+
+
+def attend_by_distance(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, table_HS: Tensor) -> Tensor:
+    """The same, where the logit of query i and key j grows by the table's entry i − j."""
+    T, S = q_BHTD.size(2), k_BHSD.size(2)
+    pos_S = torch.arange(S, device=q_BHTD.device)
+
+    def bias(t: slice, s: slice) -> Tensor:
+        return table_HS[:, (pos_S[S - T :][t, None] - pos_S[s]).clamp(min=0)][None]
+
+    return attend_by_bias(q_BHTD, k_BHSD, v_BHSD, bias)
+
+
+def attend_by_bias(q: Tensor, k: Tensor, v: Tensor, bias: Callable[[slice, slice], Tensor]) -> Tensor:
+    """The same under the `bias` of slices of queries and keys, a block of queries at a time to the keys that it may see.
+
+    A block's bias lives as long as the block; where there is a backward pass, it makes it once more.
+    """
+    T, S = q.size(2), k.size(2)
+    n = max(64, BIAS_ELEMENTS // S)
+    parts = []
+    for i in reversed(range(0, T, n)):  # the largest first: what it frees has room for the others
+        t, s = slice(i, min(i + n, T)), slice(S - T + min(i + n, T))
+        inputs = q[:, :, t], k[:, :, s], v[:, :, s]
+        if n < T and torch.is_grad_enabled():
+            block = checkpoint(partial(_block, bias, t, s), *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            block = _block(bias, t, s, *inputs)
+        parts.append(block)
+    return parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=2)
+
+
+def _block(bias: Callable[[slice, slice], Tensor], t: slice, s: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, bias(t, s))
 
 
 def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, c_BHS: Tensor | None = None) -> Tensor:

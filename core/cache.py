@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.attention import of_any_length
-from core.bias import Attend, reads_keys_coords
-from positional import PositionalEncoding
-from positional.base import widest
+from core.attention import Attend, of_any_length
+from core.numerics import widest
 
 
 class KVCache:
@@ -55,14 +53,13 @@ class KVCache:
         buffer[:, :, : self.length] = held[:, :, : self.length]
         return buffer
 
-    def locate(self, layer: int, encoding: PositionalEncoding, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
-        """Coordinates of the new tokens, and of all tokens where attention wants them (else only the last one is kept)."""
+    def locate(self, layer: int, encoding: Any, x_BTC: Tensor, pos_T: Tensor) -> tuple[Any, Any]:
+        """Coordinates of the new tokens, and of all tokens where `encoding` keeps them."""
         held = self.coords.get(layer)
         last = x_BTC.new_zeros((1, 1, 1, 1), dtype=widest(x_BTC.device)) if held is None else held[..., -1:, :]
         new = encoding.coords(x_BTC, pos_T, last)
         if new is None:
             return None, None
-        keeps_all = reads_keys_coords(encoding)
-        every = torch.cat((held, new), dim=-2) if keeps_all and held is not None else new
-        self.coords[layer] = every if keeps_all else new[..., -1:, :]
+        every = torch.cat((held, new), dim=-2) if encoding.keeps_coords and held is not None else new
+        self.coords[layer] = every if encoding.keeps_coords else new[..., -1:, :]
         return new, every

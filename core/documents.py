@@ -33,7 +33,7 @@ from torch import Tensor
 from core.data import TokenStream
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
-from positional.base import widest
+from core.numerics import widest
 from text.shards import first_error
 from text.tokenizer import byte_lengths
 

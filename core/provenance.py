@@ -4,13 +4,12 @@ import ast
 import functools
 import hashlib
 import inspect
-import io
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import tokenize
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,45 +41,69 @@ def git_version() -> str | None:
         return None
 
 
+KIND = "syntax:"  # of hash; those without it, of before, were of whole files, and cannot be compared with these
+
+
 @functools.cache
 def source_of(encoding: str) -> str | None:
-    """sha256 of the code that makes an encoding: the file of its class and what that imports of the package, without comments,
-    docstrings and blank lines. The same on every machine, and the same until something is computed otherwise; None where the
-    class is in no file.
+    """sha256 of what computes an encoding, as syntax: its class and every class, function and constant that it is made of.
+
+    Followed is what lies in positional/ or beside the class, down to positional.base, which only hands over to attention.
+    Comments, docstrings, annotations and messages do not count, nor where a definition stands: the same on every machine, and
+    the same until something is computed otherwise. None where there is no file.
     """
-    waiting, parts = [ENCODINGS[encoding].__module__], dict[str, str]()
+    first = ENCODINGS[encoding]
+    waiting, parts = [(first.__name__, first)], dict[str, str]()
     while waiting:
-        module = waiting.pop()
-        if module not in parts:
-            try:
-                text = inspect.getsource(sys.modules[module])
-            except (OSError, TypeError):  # a class typed into a notebook
-                return None
-            imports = [node.module or "" for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
-            waiting += [name for name in imports if name.startswith("positional.")]
-            parts[module] = bare(text)
-    return hashlib.sha256("\n".join(parts[module] for module in sorted(parts)).encode()).hexdigest()
+        name, thing = waiting.pop()
+        if name in parts:
+            continue
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            parts[name] = repr(thing)
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        except (OSError, TypeError):  # a class typed into a notebook
+            return None
+        parts[name] = syntax(tree)
+        around = vars(sys.modules[thing.__module__])
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & around.keys()
+        waiting += [(name, around[name]) for name in names if is_of_encodings(around[name], first.__module__)]
+    return KIND + hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
 
 
-def bare(text: str) -> str:
-    """Python source without comments, docstrings, blank lines and spaces at the ends of lines."""
-    lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            said = node.body[0]
-            for row in range(said.lineno, (said.end_lineno or said.lineno) + 1):
-                lines[row - 1] = ""
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+def is_of_encodings(value: Any, beside: str) -> bool:
+    """Whether the value of a name says how an encoding of the module `beside` computes."""
+    if inspect.isclass(value) or inspect.isfunction(value):
+        module = value.__module__
+        return module == beside or (module.startswith("positional.") and module != "positional.base")
+    return isinstance(value, int | float | str | tuple)
+
+
+UNSAID = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns"}  # fields that decide nothing
+SAYINGS = {"beyond", "changes"}  # attributes of an encoding that only say something
+
+
+def syntax(node: Any) -> str:
+    """What an abstract syntax tree computes, in the same words under every version of Python."""
+    if isinstance(node, list):
+        return f"[{', '.join(filter(None, map(syntax, node)))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    is_saying = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in SAYINGS
+    if is_docstring or is_saying:
+        return ""
+    if isinstance(node, ast.JoinedStr):
+        return "message"
+    fields = ((name, value) for name, value in ast.iter_fields(node) if name not in UNSAID and value not in (None, []))
+    return f"{type(node).__name__}({', '.join(f'{name}={syntax(value)}' for name, value in fields)})"
 
 
 def warn_of_other_source(path: Path, state: Any) -> None:
     """Say it where the code of its encoding is not the one that the checkpoint at `path`, of this `state`, was made by."""
     encoding = state.config["encoding"]
-    if state.source not in (None, source_of(encoding)):
+    if (state.source or "").startswith(KIND) and state.source != source_of(encoding):
         commit = f"commit {state.git[:10]} has what it was trained by" if state.git else "of which commit it was is unknown"
         print(f"warning: {path}: the code of encoding {encoding!r} has changed since; {commit}", file=sys.stderr)
 

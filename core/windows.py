@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.bias import overrides
 from core.cache import KVCache
 from core.data import TokenStream, to_ids
-from positional.base import widest
+from core.numerics import widest
+from positional import OwnWeights
 
 PER_OCTAVE = 4  # bins of positions
 PIECE = 1024  # queries at a time, where an encoding makes the attention weights of more
@@ -132,7 +132,7 @@ def pieces(net: Any, idx_BT: Tensor) -> Iterator[tuple[slice, KVCache | None]]:
     these T² per head there would be at a time, and with `PIECE` queries at a time only PIECE · T.
     """
     T = idx_BT.size(1)
-    whole = not any(overrides(e, "weights") for e in getattr(net, "encodings", ()))
+    whole = not any(isinstance(one, OwnWeights) for one in getattr(net, "encodings", ()))
     if whole or max(PIECE, net.cfg.block_size) >= T:
         yield slice(0, T), None
         return

@@ -12,23 +12,12 @@ from core.files import ROOT, write_blocks
 from positional import ENCODINGS
 
 PAGE = ROOT / "docs/encodings.md"
-ACTS = {
-    "embed": "embeddings", "rotate": "queries, keys", "turn": "queries, keys", "key_bias": "logits", "distance_bias": "logits",
-    "bias": "logits", "weights": "weights",
-}  # fmt: skip
 
 
 def parameters(name: str, cfg: Any) -> int:
     """Parameters that the encoding adds to the model of `cfg`."""
     one = ENCODINGS[name](cfg.model_copy(update={"encoding": name}))
     return sum(p.numel() for p in one.parameters()) * (cfg.n_layer if one.per_layer else 1)
-
-
-def acts_on(name: str) -> str:
-    """What of the model the encoding changes."""
-    base = ENCODINGS["nope"]
-    found = [where for method, where in ACTS.items() if getattr(ENCODINGS[name], method) is not getattr(base, method)]
-    return " and ".join(dict.fromkeys(found)) or "nothing"
 
 
 def summary(name: str) -> str:
@@ -44,7 +33,7 @@ def render() -> str:
     cfg = load_config([str(ROOT / "config/tiny.toml")])
     lines = ["| encoding | what it is | changes | parameters, GPT-Tiny | past the training length |", "|---|---|---|---:|---|"]
     for name in ENCODINGS:
-        cells = (f"`{name}`", summary(name), acts_on(name), f"{parameters(name, cfg):,}", ENCODINGS[name].beyond)
+        cells = (f"`{name}`", summary(name), ENCODINGS[name].changes, f"{parameters(name, cfg):,}", ENCODINGS[name].beyond)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

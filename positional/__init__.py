@@ -1,15 +1,14 @@
 """Positional encodings for GPT-2, one small class each in a file per family, and the registry ENCODINGS.
 
-An encoding may act on the embeddings (`embed`), on queries and keys (`rotate`), on the attention logits (`key_bias`,
-`distance_bias`, `bias`), or make the attention weights itself (`weights`). All but the first read coordinates (`coords`): where
-each token stands, as this encoding measures it, always in fp32 or better and outside autocast, since bf16 positions alias
-beyond 256.
+An encoding may act on the embeddings (`embed`), on queries and keys (`rotate`), on the attention logits (KeyBias, DistanceBias,
+PairBias), or make the attention weights itself (OwnWeights). All but the first read coordinates (`coords`): where each token
+stands, as this encoding measures it, always in fp32 or better and outside autocast, since bf16 positions alias beyond 256.
 
 To add one: write a class, add it to ENCODINGS; every test that runs on all encodings then runs on it.
 """
 
 from positional.additive import Learned, SeqPE, Sinusoidal
-from positional.base import PositionalEncoding
+from positional.base import DistanceBias, KeyBias, NoPE, OwnWeights, PairBias, PositionalEncoding, Positions
 from positional.bias import FIRE, KERPLE, T5, ALiBi
 from positional.carope import (
     CARoPE,
@@ -26,10 +25,20 @@ from positional.path import PaTH
 from positional.rotary import PartialRoPE, RoPE, RoPEbf16Positions, XPos
 from positional.weighted import URPE, CoPE
 
-__all__ = ["ENCODINGS", "CARoPE", "PositionalEncoding", "RoPE"]
+__all__ = [
+    "ENCODINGS",
+    "CARoPE",
+    "DistanceBias",
+    "KeyBias",
+    "OwnWeights",
+    "PairBias",
+    "PositionalEncoding",
+    "Positions",
+    "RoPE",
+]
 
 ENCODINGS: dict[str, type[PositionalEncoding]] = {
-    "nope": PositionalEncoding,
+    "nope": NoPE,
     "learned": Learned,
     "sinusoidal": Sinusoidal,
     "seqpe": SeqPE,

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding, once
+from core.numerics import once
+from positional.base import PositionalEncoding
 from positional.rotary import inverse_frequencies
 
 
 class Learned(PositionalEncoding):
     """A learned table of absolute positions, as GPT-2 has (Radford et al. 2019)."""
 
+    changes = "embeddings"
     beyond = "none: the table ends there, a longer input is refused"
 
     def __init__(self, cfg: Any) -> None:
@@ -39,6 +41,7 @@ class Sinusoidal(PositionalEncoding):
     they are for Vaswani et al. within a factor of √2.
     """
 
+    changes = "embeddings"
     beyond = "the waves go on: sums of embedding and position that no layer has seen"
 
     def __init__(self, cfg: Any) -> None:
@@ -69,6 +72,7 @@ class SeqPE(PositionalEncoding):
     The encoder learns at the learning rates of config/small.toml; at several times those (2e-3 and above) it was seen not to.
     """
 
+    changes = "embeddings"
     beyond = "any position below seqpe_base ** seqpe_digits can be written, but digits never seen in their place are untrained"
 
     def __init__(self, cfg: Any) -> None:

@@ -1,95 +1,51 @@
-"""What a positional encoding is to the model; as it stands, it is NoPE.
+"""What a positional encoding is to the model, and the ways in which one may act on attention.
 
-Shapes: B batch, T positions, S cached and new positions, C width, H heads, D = C/H head width, F = D/2 rotary pairs.
+Shapes: B batch, T positions, S cached and new positions, C width, H heads, D = C/H head width.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-NO_FLOAT64 = {"mps"}  # kinds of device
+from core.attention import attend, attend_by_bias, attend_by_distance, attend_by_key, visible
+from core.cache import KVCache
+from core.numerics import once
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """float64, for phases and sums that keep fp32's digits at any length; float32 on Apple's GPUs, which have no more.
+class Positions:
+    """Where the tokens of one forward pass stand, as one encoding measures it. Layers that share the encoding share this.
 
-    There a position m is off by up to 6e-8 m radians, which at length 1024 is nothing to training.
+    `coords` are those of the new tokens, `keys` those of all `n_keys` tokens that they may see, where the encoding keeps them.
     """
-    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
+    def __init__(self, encoding: "PositionalEncoding", coords: Any, keys: Any, n_keys: int) -> None:
+        self.encoding, self.coords, self.keys, self.n_keys = encoding, coords, keys, n_keys
+        self.frame = once(encoding.frame(self))
 
-def eager_on_cpu(u: Tensor) -> bool:
-    """Whether what is done to `u` now runs on a CPU as it is written, and is not being compiled."""
-    return u.device.type == "cpu" and not torch.compiler.is_compiling()
+    def turn(self, qkv_BTM: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k turned to their positions, and v, each (B, H, T, D), from c_attn's output, M = 3C."""
+        B, T, _ = qkv_BTM.shape
+        # Split first: the backward pass then writes three gradients side by side and transposes none of them
+        q, k, v = (u_BTC.view(B, T, n_head, -1).transpose(1, 2) for u_BTC in qkv_BTM.chunk(3, dim=-1))
+        return *self.encoding.turn(q, k, self.frame), v
 
-
-def once(given: Any) -> Any:
-    """`given`, whatever a frame is; tensors that all sequences share, of size 1 in the first dimension, are in memory.
-
-    A compiler would compute it anew inside every kernel that reads it: RoPE's angles, in float64, for each channel of each
-    token in each layer. Behind an operator that it does not know, it computes them once and every layer reads the table.
-    """
-    if type(given) is tuple:
-        return tuple(map(once, given))
-    is_shared = isinstance(given, Tensor) and given.dim() > 0 and given.size(0) == 1
-    return in_memory(given) if is_shared and torch.compiler.is_compiling() else given
-
-
-def operator(function: Callable[..., Any], changes: Sequence[str] = ()) -> Any:
-    """`function` as an operator of torch's, carope::NAME, that a compiler does not look into; it writes to arguments `changes`.
-
-    Another copy of this code in the process, as an export brings along, gets a name of its own, NAME_2 and so on: to define a
-    name anew frees what the first copy still calls.
-    """
-    name, n = function.__name__, 1
-    while hasattr(torch.ops.carope, name):
-        n += 1
-        name = f"{function.__name__}_{n}"
-    return torch.library.custom_op(f"carope::{name}", function, mutates_args=changes)
-
-
-@operator
-def in_memory(x: Tensor) -> Tensor:
-    """A copy of `x`."""
-    return x.clone()
-
-
-@in_memory.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _same_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return grad
-
-
-in_memory.register_autograd(_same_gradient)
-
-
-def round_to_bf16(x: Tensor) -> Tensor:
-    """fp32 `x` as bf16 holds it, in fp32, without a gradient.
-
-    By its bits, for a compiler leaves `x.to(bfloat16).float()` out: torch's computes in fp32 whatever it does not store.
-    """
-    bits = x.detach().view(torch.int32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+        """What the queries find in all keys and values that they may see, (B, H, T, D)."""
+        return self.encoding.attend(q_BHTD, k_BHSD, v_BHSD, self.frame)
 
 
 class PositionalEncoding(nn.Module):
-    """NoPE, no position at all but the causal mask (Kazemnejad et al., 2305.19466), and the interface of all encodings.
+    """The interface of all encodings; as it stands, it adds no position.
 
-    `cfg` has n_embd, n_head, block_size and the encodings' own options (config.Config).
+    `cfg` has n_embd, n_head, block_size and the encodings' own options (core.config.Config).
     """
 
     per_layer = False  # True: one instance per block
     hidden = False  # True: it sees each block's ln_1 output, False: the raw token embeddings
     max_len: int | None = None  # longest input it has positions for; None is unlimited
-    beyond = "no position to run out of: what a token sees of the others is only that they come before it"  # training length
-    kernel: Any = None  # does the work of `rotate` from `frequency`; the model sets it
-    n_pairs = 0  # for it: pairs of channels of a head
-    inclusive = True  # for it: whether a token's own f counts in its phase
+    keeps_coords = False  # True: with a KV cache, the coordinates of all tokens are kept, and not those of the last one only
+    changes = "nothing"  # of the model: "embeddings", "queries, keys", "logits" or "weights" of attention
+    beyond = "not said"  # what becomes of it past the training length
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -105,6 +61,13 @@ class PositionalEncoding(nn.Module):
         """Token embeddings with positions added, (B, T, C)."""
         return x_BTC
 
+    def forward(self, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None = None, layer: int = -1) -> Positions:
+        """Where the tokens stand. With a cache `pos_T` are the new ones, `layer` says where in it; -1 is for all layers."""
+        if cache is None:
+            coords = self.coords(x_BTC, pos_T)
+            return Positions(self, coords, coords, len(pos_T))
+        return Positions(self, *cache.locate(layer, self, x_BTC, pos_T), len(cache) + len(pos_T))
+
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor | None:
         """Where the tokens stand: (B or 1, H or 1, T, n), or None where nothing below needs it.
 
@@ -113,9 +76,9 @@ class PositionalEncoding(nn.Module):
         """
         return None
 
-    def frame(self, coords: Any) -> Any:
-        """What `rotate` reads, made from `coords` once and used by every layer that shares them."""
-        return coords
+    def frame(self, at: Positions) -> Any:
+        """What `turn` and `attend` read, made from `at` once and used by every layer that shares it."""
+        return None
 
     def rotate(self, u_BHTD: Tensor, frame: Any) -> Tensor:
         """Queries or keys turned to their position, same shape and type."""
@@ -125,36 +88,9 @@ class PositionalEncoding(nn.Module):
         """Queries and keys at their positions; unless the two are treated differently, `rotate` for both."""
         return self.rotate(q_BHTD, frame), self.rotate(k_BHTD, frame)
 
-    def frequency(self, x_BTC: Tensor) -> Tensor | None:
-        """f, (B or 1, H or 1, T): `rotate` turns pair i by the running sum of f^i from the first token on. None: it does not.
-
-        All a kernel needs to know in place of `coords`, `frame` and `rotate`; a class that changes these alone gets no kernel.
-        """
-        return None
-
-    def key_bias(self, coords_k: Tensor) -> Tensor | None:
-        """c, (B or 1, H, S) float32 or wider: the logit of query i and key j grows by c_j − c_i. None: it does not.
-
-        A softmax does not see −c_i, so columns beside the keys do it all and no T × S bias is formed; c's gradient does see it.
-        """
-        return None
-
-    def distance_bias(self, n: int) -> Tensor | None:
-        """(H, n) float32: what the logit of a query and the key 0 … n−1 tokens before it grows by. None: it does not."""
-        return None
-
-    def bias(self, coords_q: Tensor, coords_k: Tensor) -> Tensor | None:
-        """What the logits grow by, (B or 1, H, T, S), for a few queries at a time. None: they do not.
-
-        For what neither `key_bias` nor `distance_bias` can say.
-        """
-        return None
-
-    def weights(
-        self, q_BHTD: Tensor, k_BHSD: Tensor, coords_q: Tensor | None, coords_k: Tensor | None, visible_TS: Tensor
-    ) -> Tensor | None:
-        """The attention weights themselves, (B, H, T, S), where no bias gives them; 0 where not `visible_TS`. None: softmax."""
-        return None
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, frame: Any) -> Tensor:
+        """What T queries at the end of S keys find in them, (B, H, T, D): the softmax of q·k / √D, causal."""
+        return attend(q_BHTD, k_BHSD, v_BHSD)
 
     def health(self, coords: Tensor) -> dict[str, float]:
         """Figures for the log that tell whether the encoding is at work, from the coordinates of T tokens from the first on."""
@@ -163,3 +99,84 @@ class PositionalEncoding(nn.Module):
     def complaint(self, health: dict[str, float]) -> str | None:
         """In words, what is wrong after the warm-up with an encoding of this `health`; None where nothing is."""
         return None
+
+
+class NoPE(PositionalEncoding):
+    """NoPE, no position at all but the causal mask (Kazemnejad et al., 2305.19466)."""
+
+    beyond = "no position to run out of: what a token sees of the others is only that they come before it"
+
+
+class KeyBias(PositionalEncoding):
+    """The logit of query i and key j grows by c_j − c_i.
+
+    A softmax does not see −c_i, so columns beside the keys do it all and no T × S bias is formed; c's gradient does see it.
+    """
+
+    changes = "logits"
+    keeps_coords = True
+
+    def key_bias(self, coords_k: Tensor) -> Tensor:
+        """c, (B or 1, H, S) float32 or wider, from the coordinates of all keys."""
+        raise NotImplementedError
+
+    def frame(self, at: Positions) -> Tensor:
+        return self.key_bias(at.keys)
+
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, frame: Any) -> Tensor:
+        return attend_by_key(q_BHTD, k_BHSD, v_BHSD, frame)
+
+
+class DistanceBias(PositionalEncoding):
+    """The logit of query i and key j grows by what a table says of i − j."""
+
+    changes = "logits"
+
+    def distance_bias(self, n: int) -> Tensor:
+        """(H, n) float32: what the logit of a query and the key 0 … n−1 tokens before it grows by."""
+        raise NotImplementedError
+
+    def frame(self, at: Positions) -> Tensor:
+        return self.distance_bias(at.n_keys)
+
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, frame: Any) -> Tensor:
+        return attend_by_distance(q_BHTD, k_BHSD, v_BHSD, frame)
+
+
+class PairBias(PositionalEncoding):
+    """The logits grow by what the coordinates of query and key say: for what KeyBias and DistanceBias cannot."""
+
+    changes = "logits"
+    keeps_coords = True
+
+    def bias(self, coords_q: Tensor, coords_k: Tensor) -> Tensor:
+        """(B or 1, H, T, S), for a few queries at a time."""
+        raise NotImplementedError
+
+    def frame(self, at: Positions) -> tuple[Tensor, Tensor]:
+        return at.coords, at.keys
+
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, frame: Any) -> Tensor:
+        coords_q, coords_k = frame
+        return attend_by_bias(q_BHTD, k_BHSD, v_BHSD, lambda t, s: self.bias(coords_q[..., t, :], coords_k[..., s, :]))
+
+
+class OwnWeights(PositionalEncoding):
+    """The attention weights themselves, where no bias gives them: a few tensors of T × S per head in memory."""
+
+    changes = "weights"
+    keeps_coords = True
+
+    def weights(
+        self, q_BHTD: Tensor, k_BHSD: Tensor, coords_q: Tensor | None, coords_k: Tensor | None, visible_TS: Tensor
+    ) -> Tensor:
+        """(B, H, T, S), 0 where not `visible_TS`."""
+        raise NotImplementedError
+
+    def frame(self, at: Positions) -> tuple[Tensor | None, Tensor | None]:
+        return at.coords, at.keys
+
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, frame: Any) -> Tensor:
+        coords_q, coords_k = frame
+        visible_TS = visible(q_BHTD.size(2), k_BHSD.size(2), q_BHTD.device)
+        return self.weights(q_BHTD, k_BHSD, coords_q, coords_k, visible_TS).to(v_BHSD.dtype) @ v_BHSD

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding, widest
+from core.numerics import widest
+from positional.base import DistanceBias, KeyBias, PairBias
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(-8 / power * torch.where(h <= power, h, h - power - 0.5))
 
 
-class ALiBi(PositionalEncoding):
+class ALiBi(KeyBias):
     """Attention with linear biases (Press et al., 2108.12409, section 3): −m_h·(i − j), nothing is learned.
 
     Coordinates are positions, (1, 1, T, 1) `widest`.
@@ -57,7 +58,7 @@ def t5_bucket(distance_S: Tensor, n_buckets: int, max_distance: int) -> Tensor:
     return torch.where(distance_S < exact, distance_S, far_S.clamp(max=n_buckets - 1))
 
 
-class T5(PositionalEncoding):
+class T5(DistanceBias):
     """T5's relative positions (Raffel et al., 1910.10683, section 2.1): a learned scalar per bucket of distances and head.
 
     One table for all layers. T5 leaves out the 1/√D of the logits; here it stays, as for every encoding.
@@ -86,7 +87,7 @@ class T5(PositionalEncoding):
         return self.table_NH[t5_bucket(distance_S, len(self.table_NH), self.max_distance)].T.float()
 
 
-class KERPLE(PositionalEncoding):
+class KERPLE(DistanceBias):
     """KERPLE (Chi et al., 2205.09921): a bias that falls with the distance, by r1, r2 > 0 per head, the same in all layers.
 
     `kerple_kernel` "log", the paper's best: −r1·log(1 + r2·|i − j|). "power": −r1·|i − j|^r2, r2 ≤ 2. What is learned is the
@@ -116,7 +117,7 @@ class KERPLE(PositionalEncoding):
             return -r1_H1 * (functional.softplus(raw_H1) * distance_S).log1p()
 
 
-class FIRE(PositionalEncoding):
+class FIRE(PairBias):
     """FIRE (Li et al., 2310.04418): an MLP of ψ(i − j) / ψ(max(L, i)), ψ(x) = log(c·x + 1), per layer.
 
     c and L are learned, from 0.1 and 512 on (the listing in the appendix); both count by their absolute value. The MLP has one

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import widest
+from core.numerics import widest
 from positional.linear import narrow_linear
 from positional.rotary import RoPE
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
 
 
-class CARoPE(RoPE):
+class CARoPE(RoPE, fused=True):
     """Context-aware RoPE (2507.23083, section 2): the base θ_1 becomes a bounded scalar per token and head.
 
     f(x_t)_h = 1 / (1 + softplus((x_t W + b)_h)) and φ_i(m) = Σ_{t≤m} f(x_t)_h^i. x_t is the raw token embedding, so f
@@ -60,10 +60,8 @@ class CARoPE(RoPE):
         phase_BHTF = step_BHTF.cumsum(-2, dtype=widest(x_BTC.device))
         return phase_BHTF if last is None else last + phase_BHTF
 
-    def frame(self, coords: Any) -> tuple[Tensor, Tensor]:
-        if self.scaling is not None:
-            return super().frame(coords)
-        rest = (coords * (1 / math.tau)).frac().float() * math.tau  # without whole turns fp32 holds its digits, and is faster
+    def cos_sin(self, phase: Tensor) -> tuple[Tensor, Tensor]:
+        rest = (phase * (1 / math.tau)).frac().float() * math.tau  # without whole turns fp32 holds its digits, and is faster
         return rest.cos(), rest.sin()
 
     def health(self, coords: Tensor) -> dict[str, float]:
@@ -96,25 +94,25 @@ class CARoPE(RoPE):
         return None
 
 
-class CARoPEHidden(CARoPE):
+class CARoPEHidden(CARoPE, fused=True):
     """CARoPE with x_t the block's ln_1 output and a W of its own per layer, as the authors' CABLE does it."""
 
     per_layer = hidden = True
 
 
-class CARoPEPerLayer(CARoPE):
+class CARoPEPerLayer(CARoPE, fused=True):
     """CARoPE with x_t the raw token embedding and a W per layer: what a W per layer does without the hidden state."""
 
     per_layer = True
 
 
-class CARoPEHiddenShared(CARoPE):
+class CARoPEHiddenShared(CARoPE, fused=True):
     """CARoPE with x_t the block's ln_1 output and one W for all layers: what the hidden state does without a W per layer."""
 
     hidden = True
 
 
-class CARoPENoBias(CARoPE):
+class CARoPENoBias(CARoPE, fused=True):
     """CARoPE as the paper's formula stands, without a bias: it starts at f = 1/(1 + ln 2) = 0.59, not at RoPE."""
 
     has_bias = False
@@ -127,7 +125,7 @@ class CARoPENoBias(CARoPE):
         nn.init.normal_(self.W.weight, std=0.02)
 
 
-class CARoPEScalar(CARoPE):
+class CARoPEScalar(CARoPE, fused=True):
     """CARoPE without the input, the ablation its paper proposes: f_h = 1 / (1 + softplus(b_h)), a learned constant per head.
 
     It is RoPE with a base per head that is learned, from θ_1 on; one b for all layers, as `carope` has one W.
@@ -159,7 +157,7 @@ class CARoPEScalar(CARoPE):
         return self.stalled(health)
 
 
-class CARoPEFrozen(CARoPEScalar):
+class CARoPEFrozen(CARoPEScalar, fused=True):
     """CARoPE with f held at θ_1: RoPE by the arithmetic of CARoPE, the control of that arithmetic. No parameters."""
 
     beyond = "as RoPE, which it is"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from positional.base import PositionalEncoding, widest
+from core.numerics import widest
+from positional.base import PositionalEncoding, Positions
 from positional.rotary import RoPE, inverse_frequencies
 
 
@@ -26,6 +27,7 @@ class ComRoPE(PositionalEncoding):
     Coordinates are the matrices, flat, of position m + 1: the running product of exp(A), in `widest`.
     """
 
+    changes = "queries, keys"
     beyond = "as RoPE: the learned rotation goes on at its rate, into angles that training has not seen"
     per_layer = True
 
@@ -77,8 +79,8 @@ class ComRoPE(PositionalEncoding):
                 R_THNbb = R_THNbb @ last.view(R_THNbb.shape[1:])
             return R_THNbb.transpose(0, 1).flatten(2)[None]
 
-    def frame(self, coords: Any) -> Tensor:
-        return coords[0].float().unflatten(-1, (self.n_blocks, self.block, self.block))
+    def frame(self, at: Positions) -> Tensor:
+        return at.coords[0].float().unflatten(-1, (self.n_blocks, self.block, self.block))
 
     def rotate(self, u_BHTD: Tensor, frame: Tensor) -> Tensor:
         with torch.autocast(u_BHTD.device.type, enabled=False):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding, widest
+from core.numerics import widest
+from positional.base import KeyBias
 from positional.linear import narrow_linear
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
 
 
-class CABLE(PositionalEncoding):
+class CABLE(KeyBias):
     """Context-aware biases for length extrapolation (Veisi et al., 2503.08067): −Σ_{j<t≤i} f(x_t)_h.
 
     f = softplus(x_t W + b)_h, x_t the block's ln_1 output, W and b per layer, as the authors' code (axiomlab/Cable) has it.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from positional.base import eager_on_cpu
+from core.numerics import eager_on_cpu
 
 
 def narrow_linear(layer: nn.Linear, x_BTC: Tensor) -> Tensor:

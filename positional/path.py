@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding
+from positional.base import OwnWeights
 from positional.weighted import causal_softmax
 
 FILTER = 3  # of the convolution over tokens
 
 
-class PaTH(PositionalEncoding):
+class PaTH(OwnWeights):
     """PaTH attention (Yang et al., 2505.16381): accumulated Householder-like transformations.
 
     The logit of query i and key j is k_jᵀ H_{j+1} … H_i q_i / √D with H_s = I − β_s w_s w_sᵀ. From h, the block's ln_1 output:

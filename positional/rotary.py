@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from positional.base import PositionalEncoding, round_to_bf16, widest
+from core.cache import KVCache
+from core.kernels.support import rotation_kernel
+from core.numerics import round_to_bf16, widest
+from positional.base import PositionalEncoding, Positions
 from positional.rotation import turn_pairs
 
 
@@ -18,18 +21,40 @@ def inverse_frequencies(n_pairs: int, theta: float, device: torch.device) -> Ten
     return theta ** torch.arange(n_pairs, dtype=widest(device), device=device)
 
 
+class Fused(Positions):
+    """Positions of which a kernel makes queries and keys itself, from f; no coordinates are ever in memory."""
+
+    def __init__(self, encoding: "RoPE", rotation: Any) -> None:
+        self.encoding, self.rotation, self.frame = encoding, rotation, None
+
+    def turn(self, qkv_BTM: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = qkv_BTM.shape
+        return self.rotation(qkv_BTM.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4))
+
+
 class RoPE(PositionalEncoding):
     """Rotary position embedding (Su et al., 2104.09864): pair i at position m is turned by m·θ_i, θ_i = base^(−2i/D).
 
     Channels are paired half-split, (u_i, u_{i+D/2}), as in Llama and GPT-NeoX. Coordinates are the phases, radians.
+
+    A Triton kernel may do it all (cfg.kernel) for a class whose `frequency` says all of its rotation. Such a class says so
+    itself, `class Mine(RoPE, fused=True)`; a subclass of it that does not is computed as written.
     """
 
+    changes = "queries, keys"
     beyond = "phases grow on: every pair of channels slower than one turn per training length gets angles it has never seen"
-    inclusive = False  # the first token stands at 0
+    fused = True
+    inclusive = False  # the first token stands at 0: its own f does not count in its phase
+    scalable = True  # whether its rotation is that by the phases, so that these can be scaled
     scaling: Any = None  # a positional.scaling.Scaling, set for evaluation beyond the training length
+
+    def __init_subclass__(cls, fused: bool = False, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.fused = fused
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
+        self.kernel = rotation_kernel(cfg.kernel) if self.fused else None
         self.n_pairs = cfg.n_embd // cfg.n_head // 2
         self.theta = cfg.rope_base ** (-1 / self.n_pairs)  # θ_1 of the paper: θ_i = θ_1^i
 
@@ -42,7 +67,13 @@ class RoPE(PositionalEncoding):
                 f"{cfg.n_embd} / {cfg.n_head} = {head_width} must be even"
             )
 
+    def forward(self, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None = None, layer: int = -1) -> Positions:
+        if self.kernel and cache is None and (x_BTC.is_cuda or self.kernel.interpreted):
+            return Fused(self, self.kernel(self.frequency(x_BTC), self.n_pairs, self.inclusive))
+        return super().forward(x_BTC, pos_T, cache, layer)
+
     def frequency(self, x_BTC: Tensor) -> Tensor:
+        """f, (B or 1, H or 1, T): pair i turns by the running sum of f^i from the first token on."""
         return torch.full((1, 1, 1), self.theta, dtype=widest(x_BTC.device), device=x_BTC.device).expand(1, 1, x_BTC.size(1))
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
@@ -58,12 +89,16 @@ class RoPE(PositionalEncoding):
                 "rope_scaling = 'dynamic': all phases depend on the length of the window, so keys cannot be cached; use 'ntk'"
             )
 
-    def frame(self, coords: Any) -> tuple[Tensor, Tensor]:
+    def frame(self, at: Positions) -> Any:
         if self.scaling is None:
-            return coords.cos().float(), coords.sin().float()
-        length, n_pairs = coords.shape[-2:]
-        coords = coords * self.scaling.factors(self.theta, n_pairs, length).to(coords)
-        return self.scaling.magnitude * coords.cos().float(), self.scaling.magnitude * coords.sin().float()
+            return self.cos_sin(at.coords)
+        length, n_pairs = at.coords.shape[-2:]
+        cos, sin = self.cos_sin(at.coords * self.scaling.factors(self.theta, n_pairs, length).to(at.coords))
+        return self.scaling.magnitude * cos, self.scaling.magnitude * sin
+
+    def cos_sin(self, phase: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the phases, (B or 1, H or 1, T, F) float32."""
+        return phase.cos().float(), phase.sin().float()
 
     def rotate(self, u_BHTD: Tensor, frame: tuple[Tensor, Tensor]) -> Tensor:
         return turn_pairs(u_BHTD, *frame)
@@ -122,6 +157,7 @@ class XPos(RoPE):
     to 2^127 is for the keys themselves. The authors' attention by blocks at inference (BCA) is not part of it.
     """
 
+    scalable = False
     beyond = "as RoPE, but what is far counts less pair by pair, the fast ones most; ends where fp32 does (max_len)"
 
     def __init__(self, cfg: Any) -> None:
@@ -143,8 +179,9 @@ class XPos(RoPE):
                 f"fp32's range after {cls.longest(cfg)} tokens; a larger xpos_scale_base reaches further"
             )
 
-    def frame(self, coords: Any) -> Any:
+    def frame(self, at: Positions) -> Any:
         """Cosine and sine for q, and for k, with their factors."""
+        coords = at.coords
         i_F = torch.arange(self.n_pairs, dtype=coords.dtype, device=coords.device)
         zeta_F = (i_F / self.n_pairs + 0.4) / 1.4
         scale = zeta_F ** (coords[..., :1] / self.scale_base)  # θ_0 = 1: the phase of pair 0 is the position

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from positional.base import PositionalEncoding
-from positional.carope import CARoPE
 from positional.rotary import RoPE
 
 
@@ -89,7 +88,6 @@ class YaRN(Scaling):
 
 
 SCALINGS: dict[str, type[Scaling]] = {"linear": Scaling, "ntk": NTK, "dynamic": DynamicNTK, "yarn": YaRN}
-READ_IT = (RoPE.frame, CARoPE.frame)  # `scaling`; another class's may not
 
 
 def rescale(encodings: list[PositionalEncoding], name: str, scaling: Scaling | None) -> None:
@@ -98,7 +96,7 @@ def rescale(encodings: list[PositionalEncoding], name: str, scaling: Scaling | N
     Raises ValueError where they do not turn by phases. The kernel, which knows no factors, is off from here on.
     """
     for one in encodings:
-        if not (isinstance(one, RoPE) and type(one).frame in READ_IT):
+        if not (isinstance(one, RoPE) and one.scalable):
             raise ValueError(
                 f"rope_scaling: encoding {name!r} does not turn queries and keys by phases that could be scaled; RoPE, "
                 "partial_rope and CARoPE do"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import PositionalEncoding
+from positional.base import OwnWeights
 
 
 def logits_of(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def causal_softmax(logits_BHTS: Tensor, visible_TS: Tensor) -> Tensor:
     return logits_BHTS.masked_fill(~visible_TS, -math.inf).softmax(-1)
 
 
-class CoPE(PositionalEncoding):
+class CoPE(OwnWeights):
     """Contextual position encoding (Golovneva et al., 2405.18719, section 4): a position counts the keys that the query gates.
 
     g_ij = σ(q_i·k_j / √D), p_ij = Σ_{j≤s≤i} g_is clamped to P − 1 (P = cope_max), and the logit of query i and key j is
@@ -65,7 +65,7 @@ class CoPE(PositionalEncoding):
         return at_BHTP.gather(-1, index_BHTS) + (p_BHTS - floor_BHTS) * step_BHTP.gather(-1, index_BHTS)
 
 
-class URPE(PositionalEncoding):
+class URPE(OwnWeights):
     """Universal relative positional encoding (Luo et al., 2205.13401, section 4): softmax(q_i·k_j / √D) ∘ C, C_ij = c_{i−j}.
 
     C is a learned Toeplitz matrix of each head, the same in all layers (as in the authors' code, where distances share entries,

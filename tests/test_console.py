@@ -2,13 +2,11 @@
 
 import os
 import pty
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ends_with_the_test, obey_modes, run_command
+from conftest import ROOT, obey_modes, run_command, start_command
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "__main__" in path.read_text())
 TOY = ["--n_layer=1", "--micro_batch=4", "--tokens_per_step=256", "--steps=4", "--eval_tokens=200", "--final_eval_tokens=200"]
@@ -113,7 +111,9 @@ def test_home_is_known_by_its_sign(corpus, tmp_path):
     assert done.returncode == 0 and (tmp_path / "d/manifest.json").exists(), done.stderr
 
 
-@pytest.mark.parametrize("script", ["core.launch", "lab.bench", "lab.analyze"])
+@pytest.mark.parametrize(
+    "script", ["core.launch", *(pytest.param(f"lab.{n}", marks=pytest.mark.slow) for n in ("bench", "analyze"))]
+)
 def test_help_survives_python_without_docstrings(script):
     plain, bare = (run_command(script, "--help", env=env, real=True) for env in ({}, {"PYTHONOPTIMIZE": "2"}))
     assert bare.returncode == 0 and "None" not in bare.stdout and plain.stdout.splitlines()[-1] == bare.stdout.splitlines()[-1]
@@ -132,8 +132,8 @@ def test_a_log_gets_lines_without_escapes(script, corpus, runs, tmp_path):
 def test_a_terminal_gets_a_bar_unless_it_is_to_be_quiet(options, corpus, tmp_path):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
-    command = [sys.executable, "train.py", "config/lab.toml", f"--data={corpus}", f"--out_dir={tmp_path}", "--device=cpu", *TOY]
-    child = ends_with_the_test(subprocess.Popen([*command, *options], cwd=ROOT, stderr=theirs))
+    words = ["config/lab.toml", f"--data={corpus}", f"--out_dir={tmp_path}", "--device=cpu", *TOY, *options]
+    child = start_command("train.py", *words, stderr=theirs)
     os.close(theirs)
     said = b""
     while True:

@@ -56,7 +56,7 @@ def test_ranks_and_micro_steps_only_slice_the_range_of_the_step(tmp_path_factory
 def test_more_shards_than_files_a_process_may_open(tmp_path):
     """What is read again, later, must still be the same file."""
     tokens = make_shards(tmp_path, [3] * 1100)
-    code = "import sys, resource, data; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
+    code = "import sys, resource; from core import data; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
     code += "s = data.TokenStream(sys.argv[1], 'train', 2**16); s.verify(); print(*s.read(0, len(s)))"
     done = run_command("-c", code, tmp_path)
     assert done.returncode == 0 and done.stdout.split() == list(map(str, tokens)), done.stderr

@@ -9,7 +9,7 @@ from test_positional import ALL, T, build, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import positional.base
+import core.numerics
 from core.distributed import Distributed, pick_device, pick_dtype
 from core.errors import UserError
 from core.optim import make_optimizer
@@ -33,7 +33,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def without(monkeypatch):
     """A CPU that takes the way of a device without float64, and a mode that fails where it does not."""
-    monkeypatch.setattr(positional.base, "NO_FLOAT64", {"cpu"})
+    monkeypatch.setattr(core.numerics, "NO_FLOAT64", {"cpu"})
     return NoFloat64()
 
 
@@ -48,7 +48,7 @@ def test_training_decoding_and_evaluation_need_no_float64_and_agree_with_it(enco
     n = min(model.max_len or 4 * T, 4 * T)
     with torch.no_grad():
         exact = losses(model, tokens(n + 1)[:, :-1], tokens(n + 1)[:, 1:])
-    monkeypatch.setattr(positional.base, "NO_FLOAT64", {"cpu"})
+    monkeypatch.setattr(core.numerics, "NO_FLOAT64", {"cpu"})
     optimizer = make_optimizer(model, model.cfg)
     with NoFloat64():
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_training_decoding_and_evaluation_need_no_float64_and_agree_with_it(enco
 def test_scaled_phases_stay_in_the_type_of_the_device(without, scaling):
     model = build("carope")
     rescale(list(model.encodings), "carope", SCALINGS[scaling](4, T))
-    frame = model.encodings[0].frame(model.encodings[0].coords(model.wte(tokens(T)), torch.arange(T)))
+    frame = model.encodings[0](model.wte(tokens(T)), torch.arange(T)).frame
     assert {part.dtype for part in frame} == {torch.float32}
 
 
@@ -74,7 +74,7 @@ def test_scaled_phases_stay_in_the_type_of_the_device(without, scaling):
 def test_t5_buckets_are_the_same_in_float32(monkeypatch, n_buckets, max_distance):
     distance_S = torch.arange(20_000)
     exact = t5_bucket(distance_S, n_buckets, max_distance)
-    monkeypatch.setattr(positional.base, "NO_FLOAT64", {"cpu"})
+    monkeypatch.setattr(core.numerics, "NO_FLOAT64", {"cpu"})
     assert torch.equal(t5_bucket(distance_S, n_buckets, max_distance), exact)
 
 

@@ -289,15 +289,15 @@ def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers
         assert {f"{module}.py" for module in relative} <= files.keys()
     named = re.findall(r"from \.(\w+) import", files["modeling_carope.py"])
     assert {f"{name}.py" for name in named} | {"modeling_carope.py"} == files.keys()  # transformers 4 follows no further
-    assert {"modeling_carope.py", "configuration_carope.py", "model.py", "positional.py", "core_bias.py"} <= files.keys()
+    assert {"modeling_carope.py", "configuration_carope.py", "model.py", "positional.py", "core_attention.py"} <= files.keys()
     ours = (ROOT / "positional/carope.py").read_text()
-    assert files["positional_carope.py"] == re.sub(r"^from positional\.", "from .positional_", ours, flags=re.MULTILINE)
+    assert files["positional_carope.py"] == re.sub(r"^from (positional|core)\.", r"from .\1_", ours, flags=re.MULTILINE)
 
 
 BESIDE = """
 import gc, importlib.util, torch
 from core.kernels import key_bias
-from positional import base
+from core import numerics as base
 held = []
 for n in range(3):
     for ours in (base, key_bias):

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from test_positional import build, tokens
 
 from core import attention as attention_module
-from core import bias as bias_module
-from core.attention import _with_columns, key_columns
-from core.bias import attention_of
-from positional.base import round_to_bf16
+from core.attention import _with_columns, attend_by_key, key_columns
+from core.numerics import round_to_bf16
+from positional import DistanceBias, KeyBias, Positions
 
 
 def qkv(T: int, S: int, B: int = 1, H: int = 2, D: int = 16) -> list[torch.Tensor]:
@@ -47,7 +46,7 @@ def test_key_bias_is_exact_at_large_sums_and_so_are_its_gradients(T, step, dtype
     wanted = written_out(*inputs, c[..., None, :] - c[..., :, None])
     dy = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = torch.autograd.grad(wanted, (*inputs, f), dy.double())
-    y = bias_module._by_key(f.cumsum(-1), *inputs)
+    y = attend_by_key(*inputs, f.cumsum(-1))
     found = torch.autograd.grad(y, (*inputs, f), dy)
     assert error(y, wanted) < limit
     assert all(error(f, e) < 2 * limit for f, e in zip(found, expected, strict=True))
@@ -75,8 +74,8 @@ def test_a_gate_in_bf16_learns_what_it_learns_in_fp32(encoding, pays, monkeypatc
 def test_the_beginning_of_a_long_text_does_not_depend_on_its_length():
     """c_j alone on top of a logit, less that of the last key, would cost fp32 logits their digits: 9e-4 at this length."""
     c, inputs = steps(8192, step=1.4).cumsum(-1), qkv(8192, 8192)
-    whole = bias_module._by_key(c, *inputs)
-    part = bias_module._by_key(c[..., :64], *(u[:, :, :64] for u in inputs))
+    whole = attend_by_key(*inputs, c)
+    part = attend_by_key(*(u[:, :, :64] for u in inputs), c[..., :64])
     torch.testing.assert_close(whole[:, :, :64], part, atol=2e-6, rtol=1e-5)
 
 
@@ -113,7 +112,7 @@ def test_rounding_by_bits_is_torchs(x):
 @pytest.mark.parametrize("encoding", ["alibi", "t5", "kerple", "fire", "cable", "fox"])
 @pytest.mark.parametrize("T", [1, 30, 100])  # a token; more of a prompt; all of it
 def test_attention_in_blocks_is_that_of_the_whole_bias(encoding, T, monkeypatch):
-    monkeypatch.setattr(bias_module, "BLOCK_ELEMENTS", 100)  # max(64, …) queries at a time
+    monkeypatch.setattr(attention_module, "BIAS_ELEMENTS", 100)  # max(64, …) queries at a time
     S = 100
     one = build(encoding).encodings[0]
     x, pos = torch.randn(1, S, 32, generator=torch.Generator().manual_seed(2)), torch.arange(S)
@@ -126,16 +125,17 @@ def test_attention_in_blocks_is_that_of_the_whole_bias(encoding, T, monkeypatch)
         return [y.detach(), *torch.autograd.grad(y.double().square().sum(), (*inputs, *learned))]
 
     def whole(coords, q, k, v):
-        if (c := None if coords is None else one.key_bias(coords)) is not None:
+        if isinstance(one, KeyBias):
+            c = one.key_bias(coords)
             bias = c[..., None, :] - c[..., S - T :, None]
-        elif (table := one.distance_bias(S)) is not None:
-            bias = table[:, (pos[S - T :, None] - pos).clamp(min=0)]
+        elif isinstance(one, DistanceBias):
+            bias = one.distance_bias(S)[:, (pos[S - T :, None] - pos).clamp(min=0)]
         else:
             bias = one.bias(coords[..., S - T :, :], coords)
         return written_out(q, k, v, bias)
 
     def ours(coords, q, k, v):
-        return attention_of(one, None if coords is None else coords[..., S - T :, :], coords, S)(q, k, v)
+        return Positions(one, None if coords is None else coords[..., S - T :, :], coords, S).attend(q, k, v)
 
     for found, wanted in zip(run(ours), run(whole), strict=True):
         torch.testing.assert_close(found.double(), wanted.double(), atol=2e-4, rtol=1e-3)
@@ -143,12 +143,11 @@ def test_attention_in_blocks_is_that_of_the_whole_bias(encoding, T, monkeypatch)
 
 @pytest.mark.parametrize("encoding", ["t5", "fire"])
 def test_no_bias_of_all_queries_and_keys_is_in_memory(encoding, monkeypatch):
-    monkeypatch.setattr(bias_module, "BLOCK_ELEMENTS", 2**16)
+    monkeypatch.setattr(attention_module, "BIAS_ELEMENTS", 2**16)
     one, S = build(encoding, "--fire_width=2").encodings[0], 1024
     x = torch.zeros(1, S, 32)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
-        coords = one.coords(x, torch.arange(S))
-        attention_of(one, coords, coords, S)(*qkv(S, S))
+        one(x, torch.arange(S)).attend(*qkv(S, S))
     assert max(event.self_cpu_memory_usage for event in seen.events()) < 2 * S * S * 4 / 2
 
 

@@ -198,11 +198,15 @@ class HalfRoPE(RoPE):
         return super().coords(x_BTC, pos_T, last) / 2
 
 
-def test_a_kernel_is_given_to_those_alone_whose_frequency_says_it_all():
-    given = [name for name, one in ENCODINGS.items() if rotation_kernel("triton", one)]
-    assert given == ["rope", *(name for name in ENCODINGS if name.startswith("carope"))]
-    assert rotation_kernel("triton", HalfRoPE) is None
-    assert not [name for name, one in ENCODINGS.items() if rotation_kernel("eager", one)]
+def test_a_kernel_is_given_to_those_alone_whose_frequency_says_it_all(monkeypatch):
+    def given(kernel: str) -> list[str]:
+        models = {name: build(name, kernel) for name in ENCODINGS}
+        return [name for name, model in models.items() if all(getattr(one, "kernel", None) for one in model.encodings)]
+
+    assert given("triton") == ["rope", *(name for name in ENCODINGS if name.startswith("carope"))]
+    assert given("eager") == []
+    monkeypatch.setitem(ENCODINGS, "half_rope", HalfRoPE)
+    assert [one.kernel for one in build("half_rope", "triton").encodings] == [None]
 
 
 def test_auto_is_the_kernel_where_there_is_a_cuda_device(monkeypatch):
@@ -210,7 +214,7 @@ def test_auto_is_the_kernel_where_there_is_a_cuda_device(monkeypatch):
     for has_cuda, interprets, wanted in ((True, False, Rotation), (True, True, None), (False, False, None)):
         monkeypatch.setattr("torch.cuda.is_available", lambda found=has_cuda: found)
         monkeypatch.setattr("core.kernels.support.interpreted", lambda found=interprets: found)
-        assert rotation_kernel("auto", RoPE) is wanted and rotation_kernel("eager", RoPE) is None
+        assert rotation_kernel("auto") is wanted and rotation_kernel("eager") is None
 
 
 def test_refusals_are_one_line_before_anything_starts(small, tmp_path):

@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.bias import overrides
 from core.config import load_config
 from model import GPT, KVCache
-from positional import ENCODINGS
+from positional import ENCODINGS, KeyBias
 
 ALL = sorted(ENCODINGS)
 T = 32
@@ -58,7 +57,7 @@ def test_decoding_with_the_cache_equals_the_full_forward_also_past_the_training_
         pieces += [model(idx[:, i : i + 1], cache=cache) for i in range(9, n)]
     assert len(cache) == n
     # A running sum in the logits is known to an fp32 ulp of the whole text's
-    atol = 1e-4 if overrides(model.encodings[0], "key_bias") else 1e-5
+    atol = 1e-4 if isinstance(model.encodings[0], KeyBias) else 1e-5
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=atol, rtol=0)
 
 
@@ -84,7 +83,7 @@ def test_phases_of_a_long_text_are_those_of_a_cache(encoding):
             parts.append(carope.coords(x[:, some], some, last))
             last = parts[-1][..., -1:, :]
         torch.testing.assert_close(torch.cat(parts, dim=-2), whole, atol=1e-6, rtol=0)
-        for found, wanted in zip(carope.frame(whole), (whole.cos(), whole.sin()), strict=True):
+        for found, wanted in zip(carope.cos_sin(whole), (whole.cos(), whole.sin()), strict=True):
             torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
 
 
@@ -120,7 +119,7 @@ def test_rope_scores_depend_only_on_the_distance(m, n, shift):
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(m + n))
 
     def score(i: int, j: int) -> float:
-        at = [rope.frame(rope.coords(q, torch.tensor([position]))) for position in (i, j)]
+        at = [rope(q, torch.tensor([position])).frame for position in (i, j)]
         return float((rope.rotate(q, at[0]) * rope.rotate(k, at[1])).sum())
 
     assert score(m, n) == pytest.approx(score(m + shift, n + shift), abs=1e-4)
@@ -173,7 +172,7 @@ def test_carope_equals_the_formula_in_numpy(encoding):
     x = torch.randn(1, 9, 32, generator=generator)
     q, k = torch.randn(2, 1, 2, 9, 16, generator=generator)
     with torch.no_grad():
-        frame = carope.frame(carope.coords(x, torch.arange(9)))
+        frame = carope(x, torch.arange(9)).frame
         ours = (carope.rotate(q, frame) @ carope.rotate(k, frame).mT)[0].numpy()
     given = {name: p.detach().double().numpy() for name, p in carope.named_parameters()}
     W = given.get("W.weight", np.zeros((2, 32))).T

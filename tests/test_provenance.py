@@ -63,8 +63,11 @@ def test_the_source_of_an_encoding_changes_with_what_it_computes_and_with_nothin
         assert first.startswith('"""')
         text = f"{first[:3]}Other words. {first[3:]}\n{rest}".replace("\n\n\n", "\n\n# a # comment\n\n  \n\n")
         path.write_text(text.replace("\n        return ", "\n        # why\n        return ") + "\n# the end")
+    (copy / "positional/comrope.py").rename(copy / "positional/elsewhere.py")  # a class moves to another file
+    first = copy / "positional/__init__.py"
+    first.write_text(first.read_text().replace("from positional.comrope", "from positional.elsewhere"))
     assert json.loads(asked(copy, SOURCES)) == here
     rotary = copy / "positional/rotary.py"
-    rotary.write_text(rotary.read_text().replace("def inverse_frequencies(", "two = 2\n\n\ndef inverse_frequencies("))
+    rotary.write_text(rotary.read_text().replace("return theta ** torch", "return 1.0 * theta ** torch"))
     changed = {name for name, source in json.loads(asked(copy, SOURCES)).items() if source != here[name]}
     assert {"rope", "carope", "comrope", "sinusoidal"} <= changed and not {"nope", "alibi", "cable", "cope", "path"} & changed

@@ -217,9 +217,10 @@ def test_an_unfinished_run_says_so_in_the_table(runs, tmp_path):
 
 
 def test_code_that_changed_since_the_training_is_named(runs, tmp_path, capsys):
-    changed = like(runs / "carope", tmp_path / "changed", source="0" * 64, git="1234567890abcdef")
+    changed = like(runs / "carope", tmp_path / "changed", source="syntax:" + "0" * 64, git="1234567890abcdef")
     evaluate_run(changed, [32], cpu(), max_tokens=100)
     said = capsys.readouterr().err
     assert "the code of encoding 'carope' has changed since; commit 1234567890 has what it was trained by" in said
     evaluate_run(runs / "carope", [32], cpu(), max_tokens=100)
+    evaluate_run(like(runs / "carope", tmp_path / "old", source="0" * 64), [32], cpu(), max_tokens=100)  # of whole files
     assert capsys.readouterr().err == ""

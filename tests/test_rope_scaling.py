@@ -53,7 +53,7 @@ def test_frequencies_are_those_of_transformers(kind, width, base, original, scal
 def test_rope_turns_by_the_scaled_frequencies(kind):
     model = build("rope")
     rescale(model.encodings, "rope", SCALINGS[kind](4, 32))
-    cos, sin = model.wpe.frame(model.wpe.coords(torch.zeros(1, 100, 32), torch.arange(100)))
+    cos, sin = model.wpe(torch.zeros(1, 100, 32), torch.arange(100)).frame
     frequencies, magnitude = theirs(kind, 16, 10000.0, 32, 4.0, 100)
     angles = np.arange(100)[:, None] * frequencies
     np.testing.assert_allclose(cos[0, 0].numpy(), magnitude * np.cos(angles), atol=1e-4)
@@ -88,7 +88,7 @@ def test_ntk_of_carope_is_a_smaller_f():
     model, x = build("carope"), torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(1))
     f_BHT = model.wpe.frequency(x).double()
     rescale(model.encodings, "carope", SCALINGS["ntk"](4, 32))
-    cos, _ = model.wpe.frame(model.wpe.coords(x, torch.arange(50)))
+    cos, _ = model.wpe(x, torch.arange(50)).frame
     smaller_BHTF = (f_BHT * 4 ** (-1 / 7))[..., None] ** torch.arange(8)
     torch.testing.assert_close(cos.double(), smaller_BHTF.cumsum(-2).cos(), atol=1e-4, rtol=0)
 

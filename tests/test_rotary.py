@@ -9,10 +9,9 @@ from test_positional import build, tokens
 
 from core.config import load_config
 from core.errors import UserError
-from core.kernels.support import rotation_kernel
+from core.numerics import once
 from model import GPT
 from positional import ENCODINGS
-from positional.base import once
 from positional.linear import narrow_linear
 from positional.rotation import turn_pairs
 
@@ -223,7 +222,7 @@ def both_turned(encoding: str, *words: str, n: int = 40) -> tuple[np.ndarray, ..
     one = build(encoding, *words).encodings[0]
     q, k = torch.randn(2, 1, 2, n, 16, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        after = one.turn(q, k, one.frame(one.coords(torch.zeros(1, n, 32), torch.arange(n))))
+        after = one.turn(q, k, one(torch.zeros(1, n, 32), torch.arange(n)).frame)
     return tuple(u[0, 0].double().numpy() for u in (q, k, *after))
 
 
@@ -279,11 +278,11 @@ def test_xpos_is_finite_to_its_end_and_not_trained_beyond_it():
 
 def test_bf16_positions_256_to_511_give_129_rotations():
     one = build("rope_bf16pos").wpe
-    cos, sin = one.frame(one.coords(torch.zeros(1, 512, 32), torch.arange(512)))
+    cos, sin = one(torch.zeros(1, 512, 32), torch.arange(512)).frame
     rotations = torch.cat((cos, sin), dim=-1)[0, 0]
     assert len(rotations[:257].unique(dim=0)) == 257 and len(rotations[256:].unique(dim=0)) == 129
     exact = build("rope").wpe
-    expected = exact.frame(exact.coords(torch.zeros(1, 512, 32), torch.arange(512)))[0]
+    expected = exact(torch.zeros(1, 512, 32), torch.arange(512)).frame[0]
     assert torch.equal(cos[:, :, :257], expected[:, :, :257]) and not torch.equal(cos, expected)
 
 
@@ -335,4 +334,4 @@ def test_comrope_blocks_must_fit_the_head():
 
 @pytest.mark.parametrize("encoding", ["rope_bf16pos", "partial_rope", "xpos", "comrope"])
 def test_what_changes_rotation_gets_no_kernel_of_its_parent(encoding):
-    assert rotation_kernel("triton", ENCODINGS[encoding]) is None
+    assert not any(getattr(one, "kernel", None) for one in build(encoding, "--kernel=triton").encodings)

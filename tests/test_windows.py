@@ -55,7 +55,7 @@ def test_a_run_can_be_trained_in_a_spawned_process(small, tmp_path):
     program = tmp_path / "sweep.py"
     program.write_text(
         "import multiprocessing, sys\n"
-        "from config import load_config\n"
+        "from core.config import load_config\n"
         "from train import train\n\n"
         'if __name__ == "__main__":\n'
         "    cfg = load_config(sys.argv[1:])\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.kernels.support import cross_entropy_kernel
-from positional.base import operator
+from core.numerics import operator
 
 CHUNK_BYTES = {
     "cpu": 128 << 20,

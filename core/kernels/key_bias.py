@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from core.kernels.support import key_bias_kernel
-from positional.base import operator
+from core.numerics import operator
 
 BLOCK = 128  # queries at a time where there is no Triton
 

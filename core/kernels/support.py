@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from core.errors import UserError
-from positional import PositionalEncoding
 
-REPLACED = ("coords", "frame", "rotate", "turn", "key_bias", "distance_bias", "bias", "weights")  # by a kernel
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -31,20 +29,14 @@ def check_kernel(kernel: str, device: torch.device) -> None:
         )
 
 
-def rotation_kernel(kernel: str, encoding: type[PositionalEncoding]) -> Any:
-    """core.kernels.rotary.Rotation where the configuration's `kernel` wants it and it does what `encoding` does; else None.
+def rotation_kernel(kernel: str) -> Any:
+    """core.kernels.rotary.Rotation where the configuration's `kernel` wants it; else None.
 
     "auto" wants it where there is a CUDA device: on an H100 it makes GPT-Small's step 6 % shorter with RoPE and 11 % with
-    CARoPE (results/gpu-bench-h100.json). It does what `frequency` says; in a subclass that says more of rotation but not that,
-    it would do what the parent does. None without Triton, too: what was trained with a kernel is evaluated anywhere.
+    CARoPE (results/gpu-bench-h100.json). None without Triton, too: what was trained with a kernel is evaluated anywhere.
     """
-
-    def age(method: str) -> int:
-        return next(i for i, one in enumerate(encoding.__mro__) if method in vars(one))
-
-    fits = age("frequency") <= min(age(method) for method in REPLACED)
     wanted = kernel == "triton" or (kernel == "auto" and torch.cuda.is_available() and not interpreted())
-    if not wanted or not INSTALLED or not fits or encoding.frequency is PositionalEncoding.frequency:
+    if not wanted or not INSTALLED:
         return None
     from core.kernels.rotary import Rotation
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.bias import Attend
+from core.attention import Attend
 from core.checkpoint import load_model
 from core.data import TokenStream, to_ids
 from core.distributed import Distributed
 from core.errors import UserError
 from core.figures import BASELINE, line, log_ticks, panels, save
+from core.numerics import widest
 from lab.analyze.frequencies import validation
-from model import GPT, Located
-from positional.base import widest
+from model import GPT
+from positional import Positions
 
 RECENT = 16  # tokens, the query's own among them
 PER_OCTAVE = 2  # bins of distances
@@ -73,15 +74,15 @@ def weight_columns(attend: Attend, q_BHTD: Tensor, k_BHTD: Tensor) -> Iterator[t
 def watched(model: GPT, visit: Visit) -> Iterator[None]:
     """Show `visit` the queries and keys of every layer, at their positions, in forward passes without a cache."""
 
-    def seen(layer: int, located: Located, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        located.attend = attend  # layers may share it
+    def seen(layer: int, positions: Positions, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        del positions.attend  # the class's again: layers may share it
         y = attend(q, k, v)
         visit(layer, attend, q, k, v, y)
         return y
 
     def before(module: Any, inputs: tuple[Any, ...]) -> None:
-        located = inputs[1]
-        located.attend = partial(seen, module.layer, located, located.attend)
+        positions = inputs[1]
+        positions.attend = partial(seen, module.layer, positions, positions.attend)
 
     handles = [block.attn.register_forward_pre_hook(before) for block in model.h]  # type: ignore[union-attr, arg-type]
     try:

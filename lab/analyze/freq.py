@@ -23,7 +23,7 @@ from core.errors import UserError
 from core.files import atomic_write
 from eval_ppl import default_batch
 from lab.analyze.freq_figures import draw_summary, draw_text, render_html
-from lab.analyze.frequencies import collect, layers, rope_theta, validation, varies
+from lab.analyze.frequencies import collect, layers, rope_theta, rotary, validation, varies
 from lab.analyze.token_classes import CLASSES, classify
 from model import GPT
 from positional.carope import COLLAPSED
@@ -83,8 +83,10 @@ def check(model: GPT, path: str) -> None:
     """Raise UserError for an encoding without an f, or with one that is the same for all tokens and heads."""
     if varies(model)[1]:
         return
-    f = model.encodings[0].frequency(torch.zeros(1, 1, model.cfg.n_embd))
-    why = "has no f" if f is None else f"has one f for all tokens and heads, the constant {f.item():.4g}"
+    why = "has no f"
+    for one in rotary(model)[:1]:
+        f = one.frequency(torch.zeros(1, 1, model.cfg.n_embd)).item()
+        why = f"has one f for all tokens and heads, the constant {f:.4g}"
     raise UserError(f"{path}: encoding {model.cfg.encoding!r} {why}; freq looks at the encodings of carope's family")
 
 

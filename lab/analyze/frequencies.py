@@ -17,6 +17,7 @@ from core.checkpoint import State
 from core.data import TokenStream
 from core.errors import UserError
 from model import GPT
+from positional import RoPE
 
 Change = Callable[[int, Tensor], Tensor]  # number of the site, its f (B or 1, H, T) → f in its place
 
@@ -24,7 +25,7 @@ Change = Callable[[int, Tensor], Tensor]  # number of the site, its f (B or 1, H
 def varies(model: GPT) -> tuple[bool, bool]:
     """Whether f depends on tokens, and whether on tokens or heads; (False, False) for encodings without f."""
     probe_BTC = torch.zeros(2, 3, model.cfg.n_embd, device=model.wte.weight.device)
-    f = [encoding.frequency(probe_BTC) for encoding in model.encodings]
+    f = [one.frequency(probe_BTC) if isinstance(one, RoPE) else None for one in model.encodings]
     sizes = [(1, 1) if one is None else one.shape[:2] for one in f]
     tokens, heads = any(b > 1 for b, _ in sizes), any(h > 1 for _, h in sizes)
     return tokens, tokens or heads
@@ -32,7 +33,12 @@ def varies(model: GPT) -> tuple[bool, bool]:
 
 def rope_theta(model: GPT) -> float:
     """θ_1 of RoPE with the base and the head width of `model`: what f would be there."""
-    return model.cfg.rope_base ** (-1 / model.encodings[0].n_pairs)
+    return model.cfg.rope_base ** (-1 / rotary(model)[0].n_pairs)
+
+
+def rotary(model: GPT) -> list[RoPE]:
+    """The encodings, of RoPE's family."""
+    return [one for one in model.encodings if isinstance(one, RoPE)]
 
 
 def layers(model: GPT) -> list[int | None]:
@@ -43,7 +49,7 @@ def layers(model: GPT) -> list[int | None]:
 
 @contextmanager
 def replaced(model: GPT, change: Change) -> Iterator[None]:
-    """Within, all encodings of `model` turn by `change` of their f, in eager mode; afterwards they are as they were."""
+    """Within, the encodings of `model`, of RoPE's family, turn by `change` of their f, in eager mode."""
     site = [0]
 
     def changed(own: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
@@ -54,14 +60,15 @@ def replaced(model: GPT, change: Change) -> Iterator[None]:
         return frequency
 
     hook = model.register_forward_pre_hook(lambda *_: site.__setitem__(0, 0))
-    kernels = [encoding.kernel for encoding in model.encodings]
-    for encoding in model.encodings:
+    encodings = rotary(model)
+    kernels = [encoding.kernel for encoding in encodings]
+    for encoding in encodings:
         encoding.frequency, encoding.kernel = changed(encoding.frequency), None  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         hook.remove()
-        for encoding, kernel in zip(model.encodings, kernels, strict=True):
+        for encoding, kernel in zip(encodings, kernels, strict=True):
             del encoding.frequency  # the class's again
             encoding.kernel = kernel
 

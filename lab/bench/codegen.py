@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from core.config import Config, load_config
 from core.console import CommandLine, new_file, this_command
 from core.errors import command
 from core.files import write_json
@@ -51,7 +50,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     """Compile each encoding's micro-step and print its parts."""
     args, rest = parse_args()
-    pretend()  # before torch comes with the configuration
+    pretend()  # before torch comes, which the configuration brings
+    from core.config import load_config
+
     cfgs = [load_config([*rest, *([f"--encoding={name}"] if name else [])]) for name in args.encodings or [""]]
     import torch
 
@@ -67,14 +68,14 @@ def main() -> None:
         write_json(Path(args.json), {**about, "torch": torch.__version__, "estimated": True, "results": results})
 
 
-def micro_step(cfg: Config) -> tuple[list[dict[str, Any]], int]:
+def micro_step(cfg: Any) -> tuple[list[dict[str, Any]], int]:
     """The kernels of a forward and a backward pass, {part, name, bytes, flops} each, and the model's number of parameters."""
     kernels: list[dict[str, Any]] = []
     model = write_code(cfg, lambda graph, _code: kernels.extend(kernels_of(graph)))
     return kernels, model.n_params()["total"]
 
 
-def write_code(cfg: Config, take: Callable[[Any, str], None], bf16: bool = True) -> Any:
+def write_code(cfg: Any, take: Callable[[Any, str], None], bf16: bool = True) -> Any:
     """Call `take` with the graph of the forward pass and with that of the backward pass, and the code of each; → the model."""
     import torch
     from torch._functorch import config as functorch
@@ -155,7 +156,7 @@ def bytes_of(node: Any) -> int:
     return int(sum(size for name, size in moved.items() if name not in scattered))
 
 
-def estimate(cfg: Config, kernels: list[dict[str, Any]], n_params: int, args: argparse.Namespace) -> dict[str, Any]:
+def estimate(cfg: Any, kernels: list[dict[str, Any]], n_params: int, args: argparse.Namespace) -> dict[str, Any]:
     """Launches, GB, TFLOP and milliseconds of each part, and of the whole."""
     parts: dict[str, dict[str, float]] = defaultdict(lambda: {"launches": 0, "gb": 0.0, "tflop": 0.0, "ms": 0.0})
     tokens = cfg.micro_batch * cfg.block_size

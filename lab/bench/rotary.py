@@ -92,7 +92,7 @@ def _candidates(args: argparse.Namespace, encoding: str, device: Any) -> dict[st
             return x_BTC
 
     B, H, T, D = args.batch, args.heads, args.length, args.head_width
-    cfg = SimpleNamespace(n_embd=H * D, n_head=H, rope_base=10000.0)
+    cfg = SimpleNamespace(n_embd=H * D, n_head=H, rope_base=10000.0, kernel="eager")
     one: RoPE = GivenF(cfg) if encoding == "carope" else RoPE(cfg)
     generator = torch.Generator(device).manual_seed(1)
     dtype, pos_T = getattr(torch, args.dtype), torch.arange(T, device=device)
@@ -103,7 +103,7 @@ def _candidates(args: argparse.Namespace, encoding: str, device: Any) -> dict[st
     inputs = [u.requires_grad_() for u in (layers if encoding == "rope" else [*layers, x])]
 
     def eager() -> list[torch.Tensor]:
-        frame = one.frame(one.coords(x, pos_T))
+        frame = one(x, pos_T).frame
         split = ((u_BTHD.transpose(1, 2) for u_BTHD in packed.unbind(2)) for packed in layers)
         return [u for q, k, v in split for u in (one.rotate(q, frame), one.rotate(k, frame), v)]
 
@@ -122,7 +122,7 @@ def _candidates(args: argparse.Namespace, encoding: str, device: Any) -> dict[st
         return call
 
     found = {"eager": both(eager), "compiled": both(torch.compile(eager, dynamic=False))}
-    kernel = rotation_kernel("triton", type(one))
+    kernel = rotation_kernel("triton")
     if kernel and device.type == "cuda":
         found |= {f"triton {block}/{warps}": tuned(block, warps) for block in (2048, 1024) for warps in (4, 8)}
     return found

@@ -24,7 +24,7 @@ REPLACED = {
 from typing import Any
 
 
-def rotation_kernel(kernel: str, encoding: Any) -> None:
+def rotation_kernel(kernel: str) -> None:
     """No kernel."""
 
 

@@ -116,7 +116,7 @@ def test_the_rank_that_says_why_may_be_the_slower_one(tmp_path):
 @pytest.mark.slow
 def test_no_thread_is_left_in_the_store_when_python_ends(tmp_path):
     """It would end the process by SIGABRT (`terminate called without an active exception`) once in some hundred runs."""
-    code = "import threading; from distributed import Distributed\nwith Distributed.start('cpu'): pass\n"
+    code = "import threading; from core.distributed import Distributed\nwith Distributed.start('cpu'): pass\n"
     code += "print([thread.name for thread in threading.enumerate()])"
     (tmp_path / "starts.py").write_text(code)
     done = torchrun(1, tmp_path / "starts.py", env={"PYTHONPATH": str(ROOT)}, real=True)
