@@ -25,7 +25,7 @@ demo: $(VENV)/.installed ## a small Table 1 on this machine: embedded corpus, fi
 	@echo "Next: $(PY) sample.py runs/demo-carope --prompt \"A module is\"      more text, other prompts"
 	@echo "      $(PY) train.py config/demo.toml config/nope.toml --steps=500  another encoding, other options (--help)"
 	@echo "      $(PY) table1.py --dry_run                                     what the paper's own table takes"
-	@echo "      $(PY) -m lab.report runs/demo-* -o report.html                    curves, tables and samples of the runs on one page"
+	@echo "      $(PY) -m lab.report runs/demo-* -o report.html                curves, tables and samples of the runs on one page"
 
 # One more than there are cores: tests wait for processes and disks, too
 PYTEST := $(PY) -m pytest -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 5 --dist loadfile

@@ -30,13 +30,13 @@ def parse_args(argv: list[str]) -> tuple[int, Config]:
     parser.add_argument("run", type=given_path, metavar="RUN", help="run folder")
     parser.add_argument("step", type=int, metavar="STEP", help="of the run, as the error or log.jsonl has it")
     args, more = parser.parse_known_args(argv)
-    folder = Path(args.run)
+    folder = Path(args.run).absolute()
     if not (folder / "config.toml").exists():
-        raise UserError(f"{folder}: no run folder, it has no config.toml")
-    of_run = [str(folder / "config.toml"), f"--out_dir={folder.parent}", f"--name={folder.absolute().name}"]
+        raise UserError(f"{args.run}: no run folder, it has no config.toml")
+    of_run = [str(folder / "config.toml"), f"--out_dir={folder.parent}", f"--name={folder.name}"]
     before, cfg = dict(load_config(of_run)), load_config([*of_run, *more])
     if other := [key for key, value in cfg if key not in FREE_ON_RESUME and value != before[key]]:
-        raise UserError(f"--{other[0]}: the run has {before[other[0]]!r}, and would have been another one")
+        raise UserError(f"--{other[0]}: the run has {before[other[0]]!r}; with another value it would be another run's step")
     if not 0 <= args.step < cfg.steps:
         raise UserError(f"step {args.step}: the run's steps are 0 to {cfg.steps - 1}")
     return args.step, cfg

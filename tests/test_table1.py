@@ -6,6 +6,8 @@ import signal
 import pytest
 from conftest import Hold, run_command, start_command
 
+from core.sweep.jobs import start
+
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
     "--micro_batch=4", "--tokens_per_step=256", "--save_every=2",
@@ -105,6 +107,12 @@ def test_a_signal_stops_the_run_in_order_and_the_same_command_goes_on(words, tmp
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in json.loads(line) and "lr" in line]
     assert steps == list(range(30))
+
+
+@pytest.mark.slow
+def test_ranks_are_started_wherever_the_user_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert start("train.py", ["--help"], nproc=1) == 0
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def stopped() -> SystemExit:
 
 def environment(threads: int = 0) -> dict[str, str]:
     """Of a child that is not to outlive this process, with so many threads of its own where `threads` says."""
-    return os.environ | {PARENT: str(os.getpid())} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    ours = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for -m, wherever the user is
+    own = {PARENT: str(os.getpid()), "PYTHONPATH": ours}
+    return os.environ | own | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def start(script: str, arguments: Sequence[str], nproc: int) -> int:

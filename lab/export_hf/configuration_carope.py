@@ -1,6 +1,6 @@
 """What `transformers` keeps of a model with any positional encoding, in config.json.
 
-`gpt` holds the options that the model is built from, with the names of this repository's config.py.
+`gpt` holds the options that the model is built from, with the names of this repository's core/config.py.
 """
 
 from typing import Any

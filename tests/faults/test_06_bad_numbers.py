@@ -21,7 +21,7 @@ INJECT = Path(__file__).with_name("inject.py")
 MISTAKES = [
     (("{}/r", "8"), "step 8: the run's steps are 0 to 7"),
     (("{}", "1"), "no run folder, it has no config.toml"),
-    (("{}/r", "1", "--n_layer=1"), "--n_layer: the run has 2, and would have been another one"),
+    (("{}/r", "1", "--n_layer=1"), "--n_layer: the run has 2; with another value"),
 ]
 WORDS = ["--encoding=carope", "--name=r", "--save_every=2"]
 
