@@ -48,7 +48,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `shared` is the encoding of all blocks, where each has not one of its own."""
+    """Pre-norm transformer block; `shared` is the encoding that all blocks share, None where each has its own."""
 
     def __init__(self, cfg: Any, layer: int, shared: PositionalEncoding | None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTC: Tensor, emb_BTC: Tensor, pos_T: Tensor, positions: Positions | None, cache: KVCache | None
     ) -> Tensor:
-        """`positions` as all blocks share them, or None where they depend on the block; `emb_BTC` are the token embeddings."""
+        """`positions` that all blocks share, or None where each block makes its own; `emb_BTC` are the token embeddings."""
         h_BTC = self.ln_1(x_BTC)
         if positions is None:
             positions = self.wpe(h_BTC if self.wpe.hidden else emb_BTC, pos_T, cache, self.layer)

@@ -56,7 +56,7 @@ def train(cfg: Config) -> int:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.log(step, loss=loss, lr=lr, grad_norm=grad_norm)
-        return run.left()
+        return run.exit_code()
 
 
 def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) -> None:

@@ -31,7 +31,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # breaks messages of one line, terminals or file systems
 
 
-GONE = {"replay_step"}  # options that runs and results of before have, which decided nothing
+GONE = {"replay_step"}  # options in the files of earlier runs that no longer exist; they decided no result
 
 
 class Config(BaseModel):

@@ -32,7 +32,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def this_command() -> list[str]:
-    """The words of this process's command after `python`: a script, or -m and a module of ours, and what was said to it."""
+    """The words after `python` that started this process: a script, or -m and a module of ours, and its arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None or spec.name.partition(".")[0] not in ("core", "lab"):
         return sys.argv
@@ -40,7 +40,7 @@ def this_command() -> list[str]:
 
 
 def program() -> str:
-    """What help calls this command."""
+    """The name of this command in its --help."""
     first, *rest = this_command()
     return f"python -m {rest[0]}" if first == "-m" else Path(first).name
 

@@ -41,16 +41,16 @@ def git_version() -> str | None:
         return None
 
 
-KIND = "syntax:"  # of hash; those without it, of before, were of whole files, and cannot be compared with these
+KIND = "syntax:"  # starts these hashes; earlier ones were of whole files and cannot be compared with them
 
 
 @functools.cache
 def source_of(encoding: str) -> str | None:
     """sha256 of what computes an encoding, as syntax: its class and every class, function and constant that it is made of.
 
-    Followed is what lies in positional/ or beside the class, down to positional.base, which only hands over to attention.
-    Comments, docstrings, annotations and messages do not count, nor where a definition stands: the same on every machine, and
-    the same until something is computed otherwise. None where there is no file.
+    It follows names defined in positional/ or beside the class, but not in positional.base, which only calls attention.
+    Comments, docstrings, annotations, messages and the place of a definition do not count: the hash is the same on every
+    machine and changes only with what is computed. None where there is no file.
     """
     first = ENCODINGS[encoding]
     waiting, parts = [(first.__name__, first)], dict[str, str]()

@@ -212,8 +212,8 @@ class Run:
         if text and self.dist.is_main:
             print(f"warning: step {step}: {text}", file=sys.stderr)
 
-    def left(self) -> int:
-        """The exit code: 0 when the run is finished; EXIT_REQUEUE when a signal ended it early, which is said."""
+    def exit_code(self) -> int:
+        """0 for a finished run; EXIT_REQUEUE for one that a signal ended early, after printing where it was saved."""
         if self.finished:
             return 0
         if self.dist.is_main:
@@ -319,9 +319,9 @@ def check_all_same(found: tuple[Path, State], cfg: Config, streams: Sequence[Tok
 
 
 def load(found: tuple[Path, State] | None, model: GPT, optimizer: Optimizer, guard: Guard, cfg: Config, say: bool) -> None:
-    """Bring everything to where training goes on: the checkpoint `found`, or the start, which may be cfg.init_from.
+    """Load what training continues from: the checkpoint `found`, or else the seed's random numbers and cfg.init_from.
 
-    With `say`, what is taken of that is said on stderr.
+    With `say`, print on stderr what was taken from there.
     """
     torch.manual_seed(cfg.seed)
     if found:

@@ -28,7 +28,7 @@ def parse_args(argv: list[str]) -> tuple[int, Config]:
     """The step, and the configuration of the run with what the command line changes of it."""
     parser = CommandLine(__doc__)
     parser.add_argument("run", type=given_path, metavar="RUN", help="run folder")
-    parser.add_argument("step", type=int, metavar="STEP", help="of the run, as the error or log.jsonl has it")
+    parser.add_argument("step", type=int, metavar="STEP", help="of the run, as the error or log.jsonl gives it")
     args, more = parser.parse_known_args(argv)
     folder = Path(args.run).absolute()
     if not (folder / "config.toml").exists():

@@ -45,7 +45,7 @@ class PositionalEncoding(nn.Module):
     max_len: int | None = None  # longest input it has positions for; None is unlimited
     keeps_coords = False  # True: with a KV cache, the coordinates of all tokens are kept, and not those of the last one only
     changes = "nothing"  # of the model: "embeddings", "queries, keys", "logits" or "weights" of attention
-    beyond = "not said"  # what becomes of it past the training length
+    beyond = "not said"  # how it behaves past the training length
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class PositionalEncoding(nn.Module):
         return x_BTC
 
     def forward(self, x_BTC: Tensor, pos_T: Tensor, cache: KVCache | None = None, layer: int = -1) -> Positions:
-        """Where the tokens stand. With a cache `pos_T` are the new ones, `layer` says where in it; -1 is for all layers."""
+        """Where the tokens at `pos_T` stand. `layer` is the encoding's place in the cache, -1 where all layers share it."""
         if cache is None:
             coords = self.coords(x_BTC, pos_T)
             return Positions(self, coords, coords, len(pos_T))

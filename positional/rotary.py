@@ -22,7 +22,7 @@ def inverse_frequencies(n_pairs: int, theta: float, device: torch.device) -> Ten
 
 
 class Fused(Positions):
-    """Positions of which a kernel makes queries and keys itself, from f; no coordinates are ever in memory."""
+    """A kernel turns queries and keys itself, from f; the coordinates are never in memory."""
 
     def __init__(self, encoding: "RoPE", rotation: Any) -> None:
         self.encoding, self.rotation, self.frame = encoding, rotation, None
@@ -37,8 +37,8 @@ class RoPE(PositionalEncoding):
 
     Channels are paired half-split, (u_i, u_{i+D/2}), as in Llama and GPT-NeoX. Coordinates are the phases, radians.
 
-    A Triton kernel may do it all (cfg.kernel) for a class whose `frequency` says all of its rotation. Such a class says so
-    itself, `class Mine(RoPE, fused=True)`; a subclass of it that does not is computed as written.
+    Where `frequency` describes the whole rotation, a Triton kernel can do it (cfg.kernel). Each class declares that itself,
+    `class Mine(RoPE, fused=True)`; a subclass without fused=True runs as written.
     """
 
     changes = "queries, keys"

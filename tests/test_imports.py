@@ -1,4 +1,4 @@
-"""Imports go one way: the laboratory on top, then the scripts, model.py and core; positional/ knows torch alone."""
+"""Imports go one way: lab, then the scripts, then model.py and core; positional/ knows torch and core's attention."""
 
 import ast
 import subprocess

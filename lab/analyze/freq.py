@@ -84,8 +84,8 @@ def check(model: GPT, path: str) -> None:
     if varies(model)[1]:
         return
     why = "has no f"
-    for one in rotary(model)[:1]:
-        f = one.frequency(torch.zeros(1, 1, model.cfg.n_embd)).item()
+    if encodings := rotary(model):
+        f = encodings[0].frequency(torch.zeros(1, 1, model.cfg.n_embd)).item()
         why = f"has one f for all tokens and heads, the constant {f:.4g}"
     raise UserError(f"{path}: encoding {model.cfg.encoding!r} {why}; freq looks at the encodings of carope's family")
 

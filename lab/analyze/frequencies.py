@@ -25,8 +25,7 @@ Change = Callable[[int, Tensor], Tensor]  # number of the site, its f (B or 1, H
 def varies(model: GPT) -> tuple[bool, bool]:
     """Whether f depends on tokens, and whether on tokens or heads; (False, False) for encodings without f."""
     probe_BTC = torch.zeros(2, 3, model.cfg.n_embd, device=model.wte.weight.device)
-    f = [one.frequency(probe_BTC) if isinstance(one, RoPE) else None for one in model.encodings]
-    sizes = [(1, 1) if one is None else one.shape[:2] for one in f]
+    sizes = [one.frequency(probe_BTC).shape[:2] for one in rotary(model)]
     tokens, heads = any(b > 1 for b, _ in sizes), any(h > 1 for _, h in sizes)
     return tokens, tokens or heads
 
