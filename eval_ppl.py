@@ -40,9 +40,10 @@ from core.documents import PER_RUN, About, Documents, Losses, LossSums, find_doc
 from core.errors import UserError, at_least, command
 from core.figures import draw_profiles
 from core.files import write_json
+from core.fingerprint import made_by, source_of, warn_of_other_code
 from core.fsdp import is_sharded, uncompiled
 from core.numerics import widest
-from core.provenance import git_version, source_of, warn_of_other_source
+from core.provenance import git_version
 from core.results import Question, Result, beside, check_file, closing, read_results, render, special
 from core.upload import tracked, upload
 from core.windows import Profile, Windows, counted, losses
@@ -215,7 +216,7 @@ def evaluate_run(
     """
     model, state, folder = load_model(path)
     if dist.is_main:
-        warn_of_other_source(folder, state)
+        warn_of_other_code(folder, state, made_by(model.cfg))
     scale_phases(model, rope_scaling, scale)
     dist.dtype = pick_dtype(dtype or state.dtype or model.cfg.dtype, dist.device)
     model.to(dist.device)
@@ -259,6 +260,7 @@ def unanswered(question: Question, model: GPT, state: State, folder: Path, strea
         "block_size": model.cfg.block_size, "tokens": None, "nll": None, "perplexity": None, "stderr": None, "documents": None,
         "bytes": None, "bits_per_byte": None, "checkpoint": str(folder), "step": state.step, "steps": model.cfg.steps,
         "data": str(stream.folder), "git": git_version(), **asdict(question), "special": special(question, own),
+        "probe": state.probe,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from core.errors import UserError, command
 from core.files import ROOT, atomic_write, write_json
 from core.results import Result, beside, read_results
 from core.sweep.jobs import launch, start
-from core.sweep.plan import Entry, check_data, find, questions, refuse_conflicts, show_plan
+from core.sweep.plan import Entry, check_data, find, questions, refuse_conflicts, refuse_other_code, show_plan
 from core.sweep.preflight import preflight
 from core.upload import upload
 from eval_ppl import evaluate_run
@@ -47,7 +47,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--encodings",
         nargs="+",
         default=["rope", "carope", "learned", "sinusoidal"],
-        help="files in config/ [default: the paper's four]",
+        help="files in config/, or encodings of a --plugin [default: the paper's four]",
     )
     add(
         "--lengths",
@@ -76,7 +76,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 def plan(sizes: list[str], encodings: list[str], overrides: list[str]) -> list[Entry]:
     """An entry per size and encoding. Raises UserError for a configuration that cannot be."""
     if any(word.partition("=")[0] == "--name" for word in overrides):
-        raise UserError("--name: table1.py names its runs SIZE-ENCODING; --out_dir keeps sets of runs apart")
+        raise UserError("--name: table1.py names its runs SIZE-ENCODING[-sSEED]; --out_dir keeps sets of runs apart")
     return [find(ROOT / f"config/{size}.toml", encoding, overrides) for size in sizes for encoding in encodings]
 
 
@@ -193,6 +193,7 @@ def main() -> int:
     if args.dry_run:
         return 0
     refuse_conflicts(entries)
+    refuse_other_code([entry for entry in entries if not entry.finished], entries)
     if args.preflight:
         return try_out(entries, args, overrides)
     results = []

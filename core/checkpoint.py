@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from core.config import Config
+from core.config import Config, options
 from core.data import ShardRecord
 from core.errors import UserError
 from core.files import fsync_folder, sha256_file
 from core.fsdp import cut, gather, is_sharded
 from model import GPT
+from positional import ENCODINGS
 from text.shards import first_error
 
 FOLDER = "checkpoints"
@@ -39,9 +40,6 @@ Tensors = dict[str, dict[str, Tensor]]  # file → name → tensor
 
 class Unreadable(UserError):
     """What is there cannot be read, so nobody knows whether it is whole: it is not passed over, and nothing takes its place."""
-
-
-EARLIER = {"cope_divide": False, "path_silu": False}  # what was computed before there were these options
 
 
 class State(BaseModel):
@@ -61,13 +59,15 @@ class State(BaseModel):
     guard: dict[str, list[Finite]] = {}
     git: str | None
     source: str | None = None  # of the encoding, core.provenance.source_of
+    probe: dict[str, Finite] | None = None  # what the encoding computes, core.provenance.probe
+    plugin: dict[str, str] | None = None  # path and sha256 of the file that the encoding comes from, where that is a plugin
     dtype: Literal["bfloat16", "float32"] | None = None  # autocast type of this start
     sha256: dict[str, str] = {}
 
     @pydantic.field_validator("config")
     @classmethod
     def _as_it_was(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return EARLIER | config
+        return {key: option.before for key, option in options().items() if option.before is not None} | config
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "State":
@@ -377,7 +377,11 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def config_of(path: Path, state: State) -> Config:
-    """The configuration of a checkpoint. Raises UserError where it is not one of this version."""
+    """The configuration of a checkpoint. Raises UserError where it is not one of this version, or its encoding a plugin's."""
+    if state.plugin and state.config.get("encoding") not in ENCODINGS:
+        file, sha256 = state.plugin.get("path"), str(state.plugin.get("sha256"))[:12]
+        what = f"encoding = {state.config.get('encoding')!r} is of the plugin {file} (sha256 {sha256}…)"
+        raise UserError(f"{path}: its {what}; --plugin {file} loads it")
     try:
         return Config(**state.config)
     except (pydantic.ValidationError, TypeError) as error:

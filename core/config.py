@@ -2,17 +2,21 @@
 
     cfg = load_config(["config/small.toml", "config/carope.toml", "--seed=2"])
 
+Each encoding declares options of its own; a Config has those of its encoding, under their names.
+
 pydantic checks types and limits, argparse splits the command line; a value from a file and one from the command line
 go through the same checks and are refused in the same words.
 """
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +24,10 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from core.console import CommandLine, given_path
+from core.console import CommandLine, add_plugin, given_path
 from core.errors import UserError
 from core.host import ranks
-from positional import ENCODINGS
+from positional import ENCODINGS, Option
 
 Count = Annotated[int, Field(gt=0, le=2**40)]  # nobody means more, and above it arithmetic overflows or takes forever
 Place = Annotated[str, pydantic.AfterValidator(given_path)]
@@ -35,12 +39,17 @@ GONE = {"replay_step"}  # options in the files of earlier runs that no longer ex
 
 
 class Config(BaseModel):
-    """Everything that decides what a run computes; frozen and validated. Raises pydantic.ValidationError."""
+    """Everything that decides what a run computes; frozen and validated. Raises pydantic.ValidationError.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    Besides the fields below it has the options of its encoding; those of other encodings are checked and left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     # run
-    name: str = Field("", description="run folder below out_dir [default: the names of the config files, joined by '-']")
+    name: str = Field(
+        "", description="run folder below out_dir [default: SIZE-ENCODING, after the config files; from seed 2 on -sSEED]"
+    )
     out_dir: Place = Field("runs", description="where run folders are kept")
     data: Place = Field("data/fineweb-edu-10B", description="folder of token shards, as prepare_fineweb.py writes it")
     seed: int = Field(1, ge=0, lt=2**63, description="seed of the initial weights")
@@ -68,31 +77,12 @@ class Config(BaseModel):
     )
 
     # model
-    encoding: str = Field("rope", description="positional encoding, a name in positional.ENCODINGS")
+    encoding: str = Field("rope", description="positional encoding; the options of each stand below")
     n_layer: PositiveInt = Field(12, le=1000, description="transformer blocks")
     n_head: PositiveInt = Field(12, le=65536, description="attention heads")
     n_embd: PositiveInt = Field(768, le=65536, description="model width, channels")
     vocab_size: PositiveInt = Field(50304, le=65536, description="embedding rows, token ids with padding")
     block_size: PositiveInt = Field(512, le=2**24, description="training length, tokens")
-    rope_base: float = Field(10000.0, ge=1.001, le=1e15, description="base of RoPE's frequencies, also where CARoPE starts")
-    sinusoidal_scale: PositiveFloat = Field(0.1, description="amplitude of sinusoidal positions")
-    partial_rope_fraction: float = Field(0.25, gt=0, le=1, description="share of a head's channels that partial_rope turns")
-    partial_rope_kind: Literal["first", "high"] = Field(
-        "first", description="the channels: first has a ladder of frequencies of its own, high is RoPE's without its slowest"
-    )
-    xpos_scale_base: PositiveFloat = Field(512.0, le=2**24, description="tokens over which xpos fades by ζ (2/7 to 1) once")
-    comrope_block: int = Field(8, ge=2, le=65536, description="channels that comrope turns together, even")
-    t5_buckets: int = Field(32, ge=2, le=2**20, description="T5's buckets of distances, half of them of one distance each")
-    t5_max_distance: PositiveInt = Field(128, le=2**24, description="where T5's last bucket begins at the latest, tokens")
-    kerple_kernel: Literal["log", "power"] = Field("log", description="how KERPLE's bias falls: −r1·log(1 + r2·d) or −r1·d^r2")
-    fire_width: PositiveInt = Field(32, le=65536, description="hidden width of FIRE's MLP, channels")
-    cope_max: int = Field(64, ge=2, le=65536, description="positions that CoPE counts, of gated keys")
-    cope_divide: bool = Field(True, description="divide what CoPE's positions add to a logit by √D, as its authors' code does")
-    path_rank: PositiveInt = Field(32, le=65536, description="rank of the projection to PaTH's w, channels")
-    path_silu: bool = Field(True, description="SiLU after PaTH's convolution, as its authors' library has it")
-    seqpe_base: int = Field(10, ge=2, le=1024, description="base of the numerals that SeqPE reads")
-    seqpe_digits: int = Field(5, ge=1, le=64, description="digits of a position in SeqPE")
-    seqpe_width: PositiveInt = Field(128, le=4096, multiple_of=4, description="width of SeqPE's encoder, channels")
 
     # optimization
     micro_batch: Count = Field(32, description="sequences per forward pass and device")
@@ -134,14 +124,20 @@ class Config(BaseModel):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _without_gone(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key not in GONE}
+    def _with_options(cls, values: dict[str, Any]) -> dict[str, Any]:
+        others = {key: value for key, value in values.items() if key not in cls.model_fields and key not in GONE}
+        checked = _options_type(tuple(options().values()))(**others)
+        name = values.get("encoding", cls.model_fields["encoding"].default)
+        own = ENCODINGS[name].options if isinstance(name, str) and name in ENCODINGS else ()
+        fields = {key: value for key, value in values.items() if key in cls.model_fields}
+        return fields | {option.name: getattr(checked, option.name) for option in own}
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Config":
         if self.encoding not in ENCODINGS:
             raise ValueError(
-                f"encoding = {self.encoding!r}: {_did_you_mean(self.encoding, ENCODINGS)}there are {', '.join(ENCODINGS)}"
+                f"encoding = {self.encoding!r}: {_did_you_mean(self.encoding, ENCODINGS)}there are {', '.join(ENCODINGS)}; "
+                "--plugin FILE.py brings others"
             )
         for key, value in self:
             if isinstance(value, str) and UNPRINTABLE.search(value):
@@ -170,10 +166,41 @@ class Config(BaseModel):
         return Path(self.out_dir) / self.name
 
     @property
+    def own_options(self) -> dict[str, Any]:
+        """The values of the encoding's options."""
+        return dict(self.model_extra or {})
+
+    @property
     def flops_per_token(self) -> int:
         """FLOPs per token of a forward and backward pass at the training length: 6 (12 L C² + V C) + 12 L C T."""
         per_token = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
         return 6 * per_token + 12 * self.n_layer * self.n_embd * self.block_size
+
+
+def options() -> dict[str, Option]:
+    """The options of all encodings, by name.
+
+    Raises UserError where one has the name of a field of Config, or where two that differ have one name.
+    """
+    found: dict[str, Option] = {}
+    for encoding, cls in ENCODINGS.items():
+        for option in cls.options:
+            if option.name in Config.model_fields or found.setdefault(option.name, option) != option:
+                raise UserError(f"{option.name}: of encoding {encoding!r}, is the name of another option; call it otherwise")
+    return found
+
+
+@functools.cache
+def _options_type(all_options: tuple[Option, ...]) -> type[BaseModel]:
+    limits = ("ge", "gt", "le", "lt", "multiple_of")
+    fields: dict[str, Any] = {
+        option.name: (
+            Literal[option.choices] if option.choices else type(option.default),
+            Field(option.default, **{limit: getattr(option, limit) for limit in limits}),
+        )
+        for option in all_options
+    }
+    return pydantic.create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
 # What may differ when a run is continued: none of it changes what the next step computes, up to rounding.
@@ -215,20 +242,24 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
         is_value = after and not after.startswith("-") and not after.endswith(".toml")
         if after == "=" or (word.startswith("--") and word.endswith("=") and is_value):
             raise UserError(f"{word} {after}: --key=value is written without spaces")
+    known = _known(argv)
     args, unknown = _parser(prog).parse_known_intermixed_args(list(argv))
     for word in unknown:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
-        raise UserError(f"{word}: no such option; {_did_you_mean(key, Config.model_fields, '--')}--help lists them")
-    values, places = _layers(args.files)
-    overrides = {key: value for key, value in vars(args).items() if key in Config.model_fields}
-    values |= overrides
-    places |= dict.fromkeys(overrides, "command line")
-    if values.get("name", "") == "":
-        values["name"] = "-".join(Path(file).stem for file in args.files) or f"gpt2-{values.get('encoding', 'rope')}"
+        raise UserError(f"{word}: no such option; {_did_you_mean(key, known, '--')}--help lists them")
+    layers = _layers(args.files, known)
+    overrides = {key: value for key, value in vars(args).items() if key in known}
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for place, layer in [*layers, ("command line", overrides)]:
+        values |= layer
+        places |= dict.fromkeys(layer, place)
     try:
         cfg = Config(**values)
     except pydantic.ValidationError as error:
         raise UserError(_one_line(error, places)) from None
+    if not cfg.name:
+        cfg = cfg.model_copy(update={"name": _run_name(layers, cfg)})
     if Path(cfg.name).name != cfg.name or cfg.name in (".", ".."):
         raise UserError(f"name = {cfg.name!r}: must be a plain folder name; out_dir says where it lies")
     if args.print_config:
@@ -248,9 +279,17 @@ def to_toml(cfg: Config) -> str:
     return "".join(f"{key} = {text}\n" for key, text in written.items())
 
 
-def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
+def _known(argv: Sequence[str]) -> list[str]:
+    """The keys that there are, with those of the plugins that the command line names."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_plugin(early)
+    with suppress(argparse.ArgumentError):  # _parser says it in its own words
+        early.parse_known_args(argv)
+    return [*Config.model_fields, *options()]
+
+
+def _layers(files: Sequence[str], known: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    found = []
     for file in files:
         try:
             layer = tomllib.loads(Path(file).read_text(encoding="utf-8"))
@@ -259,12 +298,25 @@ def _layers(files: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
             raise UserError(f"{file}: cannot be read ({error.strerror}); {near}a config file ends in .toml") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not TOML ({error})") from None
-        for key in layer.keys() - GONE:
-            if key not in Config.model_fields:
-                raise UserError(f"{file}: no such key {key!r}; {_did_you_mean(key, Config.model_fields)}--help lists them")
-        values |= layer
-        places |= dict.fromkeys(layer, file)
-    return values, places
+        for key in layer.keys() - GONE - set(known):
+            raise UserError(f"{file}: no such key {key!r}; {_did_you_mean(key, known)}--help lists them")
+        found.append((file, layer))
+    return found
+
+
+def _run_name(layers: Sequence[tuple[str, dict[str, Any]]], cfg: Config) -> str:
+    """SIZE-ENCODING[-sSEED], the same however the encoding was chosen.
+
+    A file that sets the encoding, its options and nothing else gives the name of the encoding, such as sinusoidal_equal, where
+    it has the last word; all others are sizes.
+    """
+    keys = {"encoding", *options()}
+    of_encoding = [(file, layer) for file, layer in layers if "encoding" in layer and layer.keys() <= keys]
+    sizes = [Path(file).stem for file, layer in layers if (file, layer) not in of_encoding] or ["gpt2"]
+    encoding = cfg.encoding
+    if of_encoding and of_encoding[-1][1]["encoding"] == encoding:
+        encoding = Path(of_encoding[-1][0]).stem
+    return "-".join([*sizes, encoding, *([f"s{cfg.seed}"] if cfg.seed != 1 else [])])
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -278,13 +330,21 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--print_config", "--print-config", action="store_true", help="show the result as TOML and leave")
     for key, field in Config.model_fields.items():
-        text = field.description or ""
         choices = getattr(field.annotation, "__args__", None)
         kind = "|".join(choices) if choices else getattr(field.annotation, "__name__", "value")
-        default = "" if "[default" in text else f" [default: {field.default}]"
-        names = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])
-        parser.add_argument(*names, default=argparse.SUPPRESS, metavar=kind, help=text + default)
+        _add(parser, key, kind, field.description or "", field.default)
+    group = parser.add_argument_group("options of encodings")
+    for option in options().values():
+        of = next(name for name, cls in ENCODINGS.items() if option in cls.options)
+        kind = "|".join(option.choices) or type(option.default).__name__
+        _add(group, option.name, kind, f"{of}: {option.help}", option.default)
     return parser
+
+
+def _add(parser: argparse._ActionsContainer, key: str, kind: str, text: str, default: Any) -> None:
+    names = dict.fromkeys([f"--{key}", f"--{key.replace('_', '-')}"])
+    shown = "" if "[default" in text else f" [default: {default}]"
+    parser.add_argument(*names, default=argparse.SUPPRESS, metavar=kind, help=text + shown)
 
 
 def _one_line(error: pydantic.ValidationError, places: dict[str, str]) -> str:

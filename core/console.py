@@ -15,7 +15,7 @@ QUIET = "CAROPE_QUIET"  # in the environment, so that ranks and scripts that a c
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse with the script's docstring as help, --quiet, no abbreviations, and a mistake as UserError."""
+    """argparse with the script's docstring as help, --quiet, --plugin, no abbreviations, and a mistake as UserError."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
@@ -23,6 +23,7 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
         what = "no progress and no remarks: results, warnings and errors only"
         self.add_argument("--quiet", action=_Quiet, nargs=0, default=argparse.SUPPRESS, help=what)
+        add_plugin(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
@@ -81,6 +82,19 @@ def new_folder(word: str) -> str:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{word}: cannot be written, {there} is read-only; give a folder elsewhere")
     return str(found)
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    """Give the parser --plugin, which loads the file where it is met, so before what comes after the parsing."""
+    what = "a Python file with encodings of your own (docs/new-encoding.md); as often as there are files"
+    parser.add_argument("--plugin", action=_Plugin, type=given_path, metavar="FILE.py", default=argparse.SUPPRESS, help=what)
+
+
+class _Plugin(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: str | Sequence[Any] | None, option: str | None = None) -> None:
+        from core.plugins import load  # needs torch, which text preparation does without
+
+        load(str(values))
 
 
 class _Quiet(argparse.Action):

@@ -13,7 +13,7 @@ from typing import Any
 from core.checkpoint import MODEL, State
 from core.distributed import format_name, pick_device, pick_dtype
 from core.errors import UserError
-from core.provenance import source_of
+from core.fingerprint import source_of
 from text.shards import is_of
 
 Result = dict[str, Any]

@@ -34,10 +34,11 @@ from core.data import ShardRecord, TokenStream, check_unchanged
 from core.distributed import Distributed, format_name
 from core.errors import EXIT_REQUEUE, UserError
 from core.files import atomic_write, locked, standard_json, write_json
+from core.fingerprint import made_by, warn_of_other_code
 from core.guard import Guard
 from core.host import heard
 from core.initial import load_initial
-from core.provenance import environment, git_version, source_of, warn_of_other_source
+from core.provenance import environment, git_version
 from core.trackers import Progress, Tracker, make_trackers
 from model import GPT
 
@@ -179,7 +180,7 @@ class Run:
             log_bytes=self._log_file.tell(),
             guard=guard.history,
             git=git_version(),
-            source=source_of(self.cfg.encoding),
+            **made_by(self.cfg),
             dtype=format_name(self.dist.dtype),
         )
 
@@ -252,7 +253,7 @@ class Run:
         try:
             if found:
                 set_aside_newer(self.folder, found[0])
-            this_start = environment(self.dist, self._start) | {"n_params": model.n_params()}
+            this_start = environment(self.dist, self._start) | made_by(self.cfg) | {"n_params": model.n_params()}
             write_json(self.folder / "env.json", [*self._earlier_starts(), this_start])
             with atomic_write(self.folder / "config.toml", "w") as file:
                 file.write(to_toml(self.cfg))
@@ -314,7 +315,7 @@ def check_all_same(found: tuple[Path, State], cfg: Config, streams: Sequence[Tok
     """
     path, state = found
     check_same(state, cfg, data_of(streams))
-    warn_of_other_source(path, state)
+    warn_of_other_code(path, state, made_by(cfg))
     return check_unchanged(state.shards, streams)
 
 

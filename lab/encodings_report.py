@@ -1,4 +1,4 @@
-"""docs/encodings.md: a row for every encoding of the registry, from what its class says of itself.
+"""docs/encodings.md: a row for every encoding of the registry, from what its class says of itself; README.md: the families.
 
 python -m lab.encodings_report
 """
@@ -16,7 +16,7 @@ PAGE = ROOT / "docs/encodings.md"
 
 def parameters(name: str, cfg: Any) -> int:
     """Parameters that the encoding adds to the model of `cfg`."""
-    one = ENCODINGS[name](cfg.model_copy(update={"encoding": name}))
+    one = ENCODINGS[name](cfg)
     return sum(p.numel() for p in one.parameters()) * (cfg.n_layer if one.per_layer else 1)
 
 
@@ -30,17 +30,27 @@ def summary(name: str) -> str:
 
 def render() -> str:
     """The table: name, what it is, what it changes, parameters of GPT-Tiny's, behavior past the training length."""
-    cfg = load_config([str(ROOT / "config/tiny.toml")])
+    tiny = str(ROOT / "config/tiny.toml")
     lines = ["| encoding | what it is | changes | parameters, GPT-Tiny | past the training length |", "|---|---|---|---:|---|"]
     for name in ENCODINGS:
-        cells = (f"`{name}`", summary(name), ENCODINGS[name].changes, f"{parameters(name, cfg):,}", ENCODINGS[name].beyond)
+        n_params = parameters(name, load_config([tiny, f"--encoding={name}"]))
+        cells = (f"`{name}`", summary(name), ENCODINGS[name].changes, f"{n_params:,}", ENCODINGS[name].beyond)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def families() -> str:
+    """A row per family with the names of its encodings."""
+    names: dict[str, list[str]] = {}
+    for name, cls in ENCODINGS.items():
+        names.setdefault(cls.family, []).append(f"`{name}`")
+    return "".join(["| family | names |\n|---|---|\n", *(f"| {title} | {' '.join(mine)} |\n" for title, mine in names.items())])
+
+
 def main() -> None:
-    """Put the table into the page."""
+    """Put the tables into the pages."""
     write_blocks(PAGE, {"encodings": render()})
+    write_blocks(ROOT / "README.md", {"families": families()})
 
 
 if __name__ == "__main__":

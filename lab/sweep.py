@@ -24,17 +24,12 @@ from core.console import CommandLine, given_path, new_file, quiet, remark
 from core.documents import load, merge
 from core.errors import EXIT_REQUEUE, UserError, at_least, command
 from core.files import atomic_write, sha256_file, write_json
-from core.provenance import source_of
+from core.fingerprint import source_of
 from core.results import Question, Result, read_results
 from core.sweep.jobs import Job, run_all
-from core.sweep.plan import Entry, check_data, find, questions, refuse_conflicts, show_plan
+from core.sweep.plan import Entry, check_data, find, questions, refuse_conflicts, refuse_other_code, show_plan
 from lab.sweep_report import collect, draw, read_report, refuse_other, render
-
-DEFAULT = [
-    "rope", "carope", "carope_hidden", "carope_nobias", "carope_scalar", "nope", "learned", "sinusoidal", "alibi", "t5",
-    "kerple", "fire", "cable", "fox", "partial_rope", "xpos", "rope_bf16pos", "carope_per_layer", "carope_hidden_shared",
-]  # fmt: skip
-
+from positional import ENCODINGS
 
 LOSSES = "losses.npz"  # in a run's folder
 
@@ -44,7 +39,11 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("base", type=given_path, nargs="?", default="config/lab.toml", metavar="CONFIG.toml", help="[default: config/lab.toml]")
-    add("--encodings", nargs="+", default=DEFAULT, help=f"files in config/, the baseline first [default: {' '.join(DEFAULT)}]")
+    add(
+        "--encodings",
+        nargs="+",
+        help="files in config/ or a --plugin's, the baseline first [default: all that there are, after rope]",
+    )
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="[default: 1 2 3]")
     add("--lengths", nargs="+", type=int, metavar="T", help="evaluation lengths [default: 1, 2, 4 and 8 training lengths]")
     add("--max_tokens", "--max-tokens", type=int, default=65_536, help="tokens of an evaluation, 0 is all [default: 65,536]")
@@ -66,6 +65,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     args, rest = parser.parse_known_args()
+    args.encodings = args.encodings or sorted(ENCODINGS, key=lambda name: name != "rope")  # by now with those of plugins
     at_least(1, jobs=args.jobs, lengths=args.lengths)
     numbers = {"max_tokens": args.max_tokens, "documents": args.documents, "seeds": args.seeds}
     at_least(0, minutes=args.minutes, stagger=args.stagger, **numbers)
@@ -76,9 +76,8 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> list[Entry]:
     """An entry per seed and encoding, the first seed of all encodings first. Raises UserError as configurations do."""
     if bad := next((word for word in overrides if word.partition("=")[0] in ("--name", "--seed", "--encoding")), None):
         raise UserError(f"{bad}: lab.sweep gives its runs their names, seeds and encodings; see --seeds and --encodings")
-    stem = Path(args.base).stem
     return [
-        find(args.base, encoding, [*overrides, f"--seed={seed}", f"--name={stem}-{encoding}-s{seed}"])
+        find(args.base, encoding, [*overrides, f"--seed={seed}"])
         for seed in dict.fromkeys(args.seeds)
         for encoding in dict.fromkeys(args.encodings)
     ]
@@ -169,6 +168,7 @@ def main() -> None:
     known = read_report(out)
     left = [e for e in entries if not answered(e, args.lengths, known)]
     refuse_other(known, (left or entries)[0].cfg, args, out, more=bool(left))
+    refuse_other_code(left, entries, known.get("runs", []))
     work = [(e, scripts) for e in left if (scripts := to_do(e, args))]
     jobs = [Job(e.cfg.name, scripts, e.cfg.folder.parent / f"{e.cfg.name}.txt") for e, scripts in work]
     count = len(entries) - len(jobs)

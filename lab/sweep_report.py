@@ -19,24 +19,16 @@ from core.distributed import format_name, pick_device, pick_dtype
 from core.documents import Losses, load
 from core.errors import UserError
 from core.files import ROOT, atomic_write, write_blocks
-from core.provenance import git_version, source_of
+from core.fingerprint import source_of
+from core.provenance import git_version
 from core.results import FIELDS
 from core.sweep.plan import Entry
 from positional import ENCODINGS
 
 STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
 KEPT = (  # of an evaluation's record
-    "perplexity", "nll", "stderr", "bits_per_byte", "tokens", "documents", "bytes", "step", "n_params", "git", *FIELDS,
+    "perplexity", "nll", "stderr", "bits_per_byte", "tokens", "documents", "bytes", "step", "n_params", "git", "probe", *FIELDS,
 )  # fmt: skip
-TITLES = {  # by the file of positional/ that an encoding is in
-    "base": "none, or added to embeddings",
-    "additive": "none, or added to embeddings",
-    "rotary": "rotary",
-    "comrope": "rotary",
-    "carope": "context-aware rotary",
-    "bias": "bias by distance",
-    "context": "bias by content",
-}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -55,11 +47,12 @@ def collect(cfg: Config, baseline: str, finished: dict[Entry, list[dict[str, Any
     runs = {(r["encoding"], r["seed"], r["length"]): r for r in known.get("runs", [])}
     for entry, results in finished.items():
         for result in results:
-            mine = {"encoding": entry.variant, "seed": entry.cfg.seed} | {key: result[key] for key in KEPT if key in result}
+            about = {"encoding": entry.variant, "seed": entry.cfg.seed, "options": entry.cfg.own_options}
+            mine = about | {key: result[key] for key in KEPT if key in result}
             runs[entry.variant, entry.cfg.seed, result["length"]] = mine
     return {
         "baseline": baseline,
-        "config": own(cfg.model_dump()),
+        "config": common(cfg),
         "train_tokens": cfg.steps * cfg.tokens_per_step,
         "machine": list(dict.fromkeys([*known.get("machine", []), *machine(list(finished))])),
         "git": git_version(),
@@ -70,9 +63,9 @@ def collect(cfg: Config, baseline: str, finished: dict[Entry, list[dict[str, Any
     }
 
 
-def own(config: dict[str, Any]) -> dict[str, Any]:
+def common(cfg: Config) -> dict[str, Any]:
     """What all runs of a laboratory have in common."""
-    return {key: value for key, value in config.items() if key not in ("name", "seed", "encoding")}
+    return cfg.model_dump(exclude={"name", "seed", "encoding", *cfg.own_options})
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def refuse_other(known: dict[str, Any], cfg: Config, args: Any, path: Path, more
 
     `more`: whether runs are to come, which must be on the same evaluation set and in the same number format too.
     """
-    now = own(cfg.model_dump())
+    now = common(cfg)
     differing = [
         f"{key} = {known['config'][key]!r} (now {now[key]!r})"
         for key in now
@@ -238,7 +231,7 @@ def encoding_of(variant: str) -> str | None:
 def family(variant: str) -> str:
     """The family of the encoding of a configuration."""
     encoding = encoding_of(variant)
-    return TITLES.get(ENCODINGS[encoding].__module__.rpartition(".")[2], "other") if encoding else "other"
+    return ENCODINGS[encoding].family if encoding else "other"
 
 
 def outdated(runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.numerics import once
-from positional.base import PositionalEncoding
+from positional.base import Option, PositionalEncoding, register
 from positional.rotary import inverse_frequencies
 
 
+@register("learned")
 class Learned(PositionalEncoding):
     """A learned table of absolute positions, as GPT-2 has (Radford et al. 2019)."""
 
@@ -33,6 +34,7 @@ class Learned(PositionalEncoding):
         return x_BTC + functional.embedding(pos_T, self.weight)
 
 
+@register("sinusoidal")
 class Sinusoidal(PositionalEncoding):
     """Fixed sine and cosine waves added to the embeddings (Vaswani et al., 1706.03762, section 3.5).
 
@@ -41,6 +43,7 @@ class Sinusoidal(PositionalEncoding):
     they are for Vaswani et al. within a factor of √2.
     """
 
+    options = (Option("sinusoidal_scale", 0.1, "amplitude of the waves", gt=0),)
     changes = "embeddings"
     beyond = "the waves go on: sums of embedding and position that no layer has seen"
 
@@ -56,6 +59,7 @@ class Sinusoidal(PositionalEncoding):
         return x_BTC + once(self.scale * waves_TC.to(x_BTC.dtype)[None])
 
 
+@register("seqpe")
 class SeqPE(PositionalEncoding):
     """Sequential position encoding (Li et al., 2506.13277): a position is the sequence of its digits, and is read.
 
@@ -72,6 +76,11 @@ class SeqPE(PositionalEncoding):
     The encoder learns at the learning rates of config/small.toml; at several times those (2e-3 and above) it was seen not to.
     """
 
+    options = (
+        Option("seqpe_base", 10, "base of the numerals", ge=2, le=1024),
+        Option("seqpe_digits", 5, "digits of a position", ge=1, le=64),
+        Option("seqpe_width", 128, "width of the encoder, channels", gt=0, le=4096, multiple_of=4),
+    )
     changes = "embeddings"
     beyond = "any position below seqpe_base ** seqpe_digits can be written, but digits never seen in their place are untrained"
 

@@ -1,15 +1,54 @@
-"""What a positional encoding is to the model, and the ways in which one may act on attention.
+"""What a positional encoding is to the model, the ways in which one may act on attention, and the registry of all.
 
 Shapes: B batch, T positions, S cached and new positions, C width, H heads, D = C/H head width.
 """
 
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from core.attention import attend, attend_by_bias, attend_by_distance, attend_by_key, visible
 from core.cache import KVCache
 from core.numerics import once
+
+E = TypeVar("E", bound="type[PositionalEncoding]")
+
+ENCODINGS: dict[str, "type[PositionalEncoding]"] = {}
+
+
+class Option(NamedTuple):
+    """An option of an encoding, of the type of its default: `--help`, config files and their checks know it from here."""
+
+    name: str
+    default: bool | int | float | str
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: int | None = None
+    choices: tuple[str, ...] = ()
+    before: Any = None  # what was computed before there was this option, where that is not the default
+
+
+def register(name: str) -> Callable[[E], E]:
+    """Above a class, makes it the encoding `name`: of --encoding, of every table and of every test that runs on all.
+
+    Raises ValueError for a name that is taken or is not of lower-case letters, digits and underscores.
+    """
+
+    def add(cls: E) -> E:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(f"{name!r}: the name of an encoding has lower-case letters, digits and underscores only")
+        if name in ENCODINGS:
+            there = ENCODINGS[name]
+            raise ValueError(f"{name!r} is the name of {there.__module__}.{there.__name__} already; give this one another")
+        ENCODINGS[name] = cls
+        return cls
+
+    return add
 
 
 class Positions:
@@ -37,13 +76,15 @@ class Positions:
 class PositionalEncoding(nn.Module):
     """The interface of all encodings; as it stands, it adds no position.
 
-    `cfg` has n_embd, n_head, block_size and the encodings' own options (core.config.Config).
+    `cfg` has n_embd, n_head, block_size and the encoding's own options (core.config.Config).
     """
 
+    options: tuple[Option, ...] = ()  # its own, which it finds in `cfg` under their names
     per_layer = False  # True: one instance per block
     hidden = False  # True: it sees each block's ln_1 output, False: the raw token embeddings
     max_len: int | None = None  # longest input it has positions for; None is unlimited
     keeps_coords = False  # True: with a KV cache, the coordinates of all tokens are kept, and not those of the last one only
+    family = "none, or added to embeddings"  # under which figures and tables show it
     changes = "nothing"  # of the model: "embeddings", "queries, keys", "logits" or "weights" of attention
     beyond = "not said"  # how it behaves past the training length
 
@@ -101,6 +142,7 @@ class PositionalEncoding(nn.Module):
         return None
 
 
+@register("nope")
 class NoPE(PositionalEncoding):
     """NoPE, no position at all but the causal mask (Kazemnejad et al., 2305.19466)."""
 
@@ -113,6 +155,7 @@ class KeyBias(PositionalEncoding):
     A softmax does not see −c_i, so columns beside the keys do it all and no T × S bias is formed; c's gradient does see it.
     """
 
+    family = "bias by content"
     changes = "logits"
     keeps_coords = True
 
@@ -130,6 +173,7 @@ class KeyBias(PositionalEncoding):
 class DistanceBias(PositionalEncoding):
     """The logit of query i and key j grows by what a table says of i − j."""
 
+    family = "bias by distance"
     changes = "logits"
 
     def distance_bias(self, n: int) -> Tensor:
@@ -146,6 +190,7 @@ class DistanceBias(PositionalEncoding):
 class PairBias(PositionalEncoding):
     """The logits grow by what the coordinates of query and key say: for what KeyBias and DistanceBias cannot."""
 
+    family = "bias by distance"
     changes = "logits"
     keeps_coords = True
 
@@ -164,6 +209,7 @@ class PairBias(PositionalEncoding):
 class OwnWeights(PositionalEncoding):
     """The attention weights themselves, where no bias gives them: a few tensors of T × S per head in memory."""
 
+    family = "attention weights of their own"
     changes = "weights"
     keeps_coords = True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.numerics import widest
-from positional.base import DistanceBias, KeyBias, PairBias
+from positional.base import DistanceBias, KeyBias, Option, PairBias, register
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
@@ -25,12 +25,14 @@ def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(-8 / power * torch.where(h <= power, h, h - power - 0.5))
 
 
+@register("alibi")
 class ALiBi(KeyBias):
     """Attention with linear biases (Press et al., 2108.12409, section 3): −m_h·(i − j), nothing is learned.
 
     Coordinates are positions, (1, 1, T, 1) `widest`.
     """
 
+    family = "bias by distance"
     beyond = "the bias goes on falling linearly: far tokens fade out, as they did in training"
 
     def __init__(self, cfg: Any) -> None:
@@ -58,12 +60,17 @@ def t5_bucket(distance_S: Tensor, n_buckets: int, max_distance: int) -> Tensor:
     return torch.where(distance_S < exact, distance_S, far_S.clamp(max=n_buckets - 1))
 
 
+@register("t5")
 class T5(DistanceBias):
     """T5's relative positions (Raffel et al., 1910.10683, section 2.1): a learned scalar per bucket of distances and head.
 
     One table for all layers. T5 leaves out the 1/√D of the logits; here it stays, as for every encoding.
     """
 
+    options = (
+        Option("t5_buckets", 32, "buckets of distances, half of them of one distance each", ge=2, le=2**20),
+        Option("t5_max_distance", 128, "where the last bucket begins at the latest, tokens", gt=0, le=2**24),
+    )
     beyond = "all distances from t5_max_distance on share one learned bias"
 
     def __init__(self, cfg: Any) -> None:
@@ -87,6 +94,7 @@ class T5(DistanceBias):
         return self.table_NH[t5_bucket(distance_S, len(self.table_NH), self.max_distance)].T.float()
 
 
+@register("kerple")
 class KERPLE(DistanceBias):
     """KERPLE (Chi et al., 2205.09921): a bias that falls with the distance, by r1, r2 > 0 per head, the same in all layers.
 
@@ -95,6 +103,7 @@ class KERPLE(DistanceBias):
     limit. Starts are theirs: r1 ~ U(0, 2) and r2 ~ U(0, 1), and for "power" the other way round.
     """
 
+    options = (Option("kerple_kernel", "log", "how the bias falls: −r1·log(1 + r2·d) or −r1·d^r2", choices=("log", "power")),)
     beyond = "the bias goes on falling, with the logarithm or a power of the distance"
 
     def __init__(self, cfg: Any) -> None:
@@ -117,6 +126,7 @@ class KERPLE(DistanceBias):
             return -r1_H1 * (functional.softplus(raw_H1) * distance_S).log1p()
 
 
+@register("fire")
 class FIRE(PairBias):
     """FIRE (Li et al., 2310.04418): an MLP of ψ(i − j) / ψ(max(L, i)), ψ(x) = log(c·x + 1), per layer.
 
@@ -124,6 +134,7 @@ class FIRE(PairBias):
     hidden layer of ReLUs and starts as torch's linear layers do. Coordinates are positions from 0 on, (1, 1, T, 1) `widest`.
     """
 
+    options = (Option("fire_width", 32, "hidden width of the MLP, channels", gt=0, le=65536),)
     per_layer = True
     beyond = "distances are relative to the query's position, so the MLP never leaves the interval it was trained on"
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.numerics import widest
+from positional.base import register
 from positional.linear import narrow_linear
 from positional.rotary import RoPE
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
 
 
+@register("carope")
 class CARoPE(RoPE, fused=True):
     """Context-aware RoPE (2507.23083, section 2): the base θ_1 becomes a bounded scalar per token and head.
 
@@ -25,6 +27,7 @@ class CARoPE(RoPE, fused=True):
     what makes f = θ_1, the "starts as RoPE" that it asks for.
     """
 
+    family = "context-aware rotary"
     beyond = "as RoPE: phases that grow on; by how much is the tokens' to say, so training may hold them in known ranges"
     has_bias = True
     inclusive = True
@@ -94,24 +97,28 @@ class CARoPE(RoPE, fused=True):
         return None
 
 
+@register("carope_hidden")
 class CARoPEHidden(CARoPE, fused=True):
     """CARoPE with x_t the block's ln_1 output and a W of its own per layer, as the authors' CABLE does it."""
 
     per_layer = hidden = True
 
 
+@register("carope_per_layer")
 class CARoPEPerLayer(CARoPE, fused=True):
     """CARoPE with x_t the raw token embedding and a W per layer: what a W per layer does without the hidden state."""
 
     per_layer = True
 
 
+@register("carope_hidden_shared")
 class CARoPEHiddenShared(CARoPE, fused=True):
     """CARoPE with x_t the block's ln_1 output and one W for all layers: what the hidden state does without a W per layer."""
 
     hidden = True
 
 
+@register("carope_nobias")
 class CARoPENoBias(CARoPE, fused=True):
     """CARoPE as the paper's formula stands, without a bias: it starts at f = 1/(1 + ln 2) = 0.59, not at RoPE."""
 
@@ -125,6 +132,7 @@ class CARoPENoBias(CARoPE, fused=True):
         nn.init.normal_(self.W.weight, std=0.02)
 
 
+@register("carope_scalar")
 class CARoPEScalar(CARoPE, fused=True):
     """CARoPE without the input, the ablation its paper proposes: f_h = 1 / (1 + softplus(b_h)), a learned constant per head.
 
@@ -157,6 +165,7 @@ class CARoPEScalar(CARoPE, fused=True):
         return self.stalled(health)
 
 
+@register("carope_frozen")
 class CARoPEFrozen(CARoPEScalar, fused=True):
     """CARoPE with f held at θ_1: RoPE by the arithmetic of CARoPE, the control of that arithmetic. No parameters."""
 

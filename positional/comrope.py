@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from core.numerics import widest
-from positional.base import PositionalEncoding, Positions
+from positional.base import Option, PositionalEncoding, Positions, register
 from positional.rotary import RoPE, inverse_frequencies
 
 
+@register("comrope")
 class ComRoPE(PositionalEncoding):
     """ComRoPE (Yu et al., 2506.03737): R(m) = exp(m·A), A block-diagonal of learned skew b × b blocks, b = `comrope_block`.
 
@@ -27,6 +28,11 @@ class ComRoPE(PositionalEncoding):
     Coordinates are the matrices, flat, of position m + 1: the running product of exp(A), in `widest`.
     """
 
+    options = (
+        *RoPE.options,
+        Option("comrope_block", 8, "channels turned together, even", ge=2, le=65536),
+    )
+    family = "rotary"
     changes = "queries, keys"
     beyond = "as RoPE: the learned rotation goes on at its rate, into angles that training has not seen"
     per_layer = True

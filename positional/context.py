@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.numerics import widest
-from positional.base import KeyBias
+from positional.base import KeyBias, register
 from positional.linear import narrow_linear
 
 COLLAPSED = 1e-3  # of its mean: f varies less over tokens than bf16 can tell apart
 
 
+@register("cable")
 class CABLE(KeyBias):
     """Context-aware biases for length extrapolation (Veisi et al., 2503.08067): −Σ_{j<t≤i} f(x_t)_h.
 
@@ -63,6 +64,7 @@ class CABLE(KeyBias):
         return None
 
 
+@register("fox")
 class FoX(CABLE):
     """Forgetting attention (Lin et al., 2503.02130): Σ_{j<t≤i} log σ(x_t w + b)_h, a forget gate per head and layer.
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import OwnWeights
+from positional.base import Option, OwnWeights, register
 from positional.weighted import causal_softmax
 
 FILTER = 3  # of the convolution over tokens
 
 
+@register("path")
 class PaTH(OwnWeights):
     """PaTH attention (Yang et al., 2505.16381): accumulated Householder-like transformations.
 
@@ -29,6 +30,10 @@ class PaTH(OwnWeights):
     (B, H, S, 3D + 1), so that decoding continues from the last of them.
     """
 
+    options = (
+        Option("path_rank", 32, "rank of the projection to w, channels", gt=0, le=65536),
+        Option("path_silu", True, "SiLU after the convolution, as the authors' library has it", before=False),
+    )
     per_layer = hidden = True
     beyond = "no table ends: the product runs over all tokens between key and query, however many, and never grows a vector"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.cache import KVCache
 from core.kernels.support import rotation_kernel
 from core.numerics import round_to_bf16, widest
-from positional.base import PositionalEncoding, Positions
+from positional.base import Option, PositionalEncoding, Positions, register
 from positional.rotation import turn_pairs
 
 
@@ -32,6 +32,7 @@ class Fused(Positions):
         return self.rotation(qkv_BTM.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4))
 
 
+@register("rope")
 class RoPE(PositionalEncoding):
     """Rotary position embedding (Su et al., 2104.09864): pair i at position m is turned by m·θ_i, θ_i = base^(−2i/D).
 
@@ -41,6 +42,10 @@ class RoPE(PositionalEncoding):
     `class Mine(RoPE, fused=True)`; a subclass without fused=True runs as written.
     """
 
+    options: tuple[Option, ...] = (
+        Option("rope_base", 10000.0, "base of the frequencies of all that turn by them", ge=1.001, le=1e15),
+    )
+    family = "rotary"
     changes = "queries, keys"
     beyond = "phases grow on: every pair of channels slower than one turn per training length gets angles it has never seen"
     fused = True
@@ -104,6 +109,7 @@ class RoPE(PositionalEncoding):
         return turn_pairs(u_BHTD, *frame)
 
 
+@register("partial_rope")
 class PartialRoPE(RoPE):
     """RoPE on a fraction p = `partial_rope_fraction` of each head's channels; the others carry no position.
 
@@ -112,6 +118,16 @@ class PartialRoPE(RoPE):
     base^(−2i/D), and the slowest (1 − p)D/2 pairs stand still. pD/2 is rounded down to whole pairs.
     """
 
+    options = (
+        *RoPE.options,
+        Option("partial_rope_fraction", 0.25, "share of a head's channels that turn", gt=0, le=1),
+        Option(
+            "partial_rope_kind",
+            "first",
+            "the channels: first has a ladder of frequencies of its own, high is RoPE's without its slowest",
+            choices=("first", "high"),
+        ),
+    )
     beyond = "as RoPE for the channels that turn; those that do not know no length"
 
     def __init__(self, cfg: Any) -> None:
@@ -149,6 +165,7 @@ class PartialRoPE(RoPE):
         return torch.cat((turned, u_BHTD[..., 2 * self.turning :]), dim=-1)
 
 
+@register("xpos")
 class XPos(RoPE):
     """xPos (Sun et al., 2212.10554): RoPE, and of q · k pair i fades by ζ_i^(distance / `xpos_scale_base`).
 
@@ -157,6 +174,10 @@ class XPos(RoPE):
     to 2^127 is for the keys themselves. The authors' attention by blocks at inference (BCA) is not part of it.
     """
 
+    options = (
+        *RoPE.options,
+        Option("xpos_scale_base", 512.0, "tokens over which q · k fades by ζ (2/7 to 1) once", gt=0, le=2**24),
+    )
     scalable = False
     beyond = "as RoPE, but what is far counts less pair by pair, the fast ones most; ends where fp32 does (max_len)"
 
@@ -192,6 +213,7 @@ class XPos(RoPE):
         return self.rotate(q_BHTD, frame[0]), self.rotate(k_BHTD, frame[1])
 
 
+@register("rope_bf16pos")
 class RoPEbf16Positions(RoPE):
     """RoPE with positions rounded to bf16, a defect on purpose: what the rotary library of CARoPE's companion code does.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from positional.base import OwnWeights
+from positional.base import Option, OwnWeights, register
 
 
 def logits_of(q_BHTD: Tensor, k_BHSD: Tensor) -> Tensor:
@@ -25,6 +25,7 @@ def causal_softmax(logits_BHTS: Tensor, visible_TS: Tensor) -> Tensor:
     return logits_BHTS.masked_fill(~visible_TS, -math.inf).softmax(-1)
 
 
+@register("cope")
 class CoPE(OwnWeights):
     """Contextual position encoding (Golovneva et al., 2405.18719, section 4): a position counts the keys that the query gates.
 
@@ -36,6 +37,10 @@ class CoPE(OwnWeights):
     is not, as in the listing of the paper's appendix.
     """
 
+    options = (
+        Option("cope_max", 64, "positions that are counted, of gated keys", ge=2, le=65536),
+        Option("cope_divide", True, "divide what positions add to a logit by √D, as the authors' code does", before=False),
+    )
     per_layer = True
     beyond = "counts gated keys, not tokens, up to cope_max - 1: a longer text only has more keys at the last position"
 
@@ -65,6 +70,7 @@ class CoPE(OwnWeights):
         return at_BHTP.gather(-1, index_BHTS) + (p_BHTS - floor_BHTS) * step_BHTP.gather(-1, index_BHTS)
 
 
+@register("urpe")
 class URPE(OwnWeights):
     """Universal relative positional encoding (Luo et al., 2205.13401, section 4): softmax(q_i·k_j / √D) ∘ C, C_ij = c_{i−j}.
 

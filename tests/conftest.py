@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,6 +122,23 @@ def sizes_compiled(script: str, folder: Path, *args: object) -> list[int]:
     done = run_command(path, *args, env={"TRITON_INTERPRET": "0", "PYTHONPATH": ".", "TRITON_CACHE_DIR": str(folder)})
     assert done.returncode == 0, done.stderr
     return [int(size) for size in done.stdout.split()]
+
+
+@contextmanager
+def without_plugins() -> Iterator[None]:
+    """What plugins register meanwhile is gone at the end."""
+    from core import plugins
+    from positional import ENCODINGS
+
+    registered, loaded = ENCODINGS.copy(), plugins._LOADED.copy()
+    try:
+        yield
+    finally:
+        for name in plugins._LOADED.keys() - loaded:
+            del sys.modules[name]
+        for now, before in ((ENCODINGS, registered), (plugins._LOADED, loaded)):
+            now.clear()
+            now.update(before)
 
 
 def keep_remote_code(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

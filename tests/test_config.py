@@ -29,14 +29,41 @@ def test_files_are_layered_and_the_command_line_goes_on_top(tmp_path):
     second.write_text('encoding = "carope"\nseed = 5\n')
     cfg = load_config([str(first), "--warmup-steps=7", str(second), "--seed", "6", "--tensorboard=true"])
     assert (cfg.n_layer, cfg.lr, cfg.encoding, cfg.seed, cfg.warmup_steps, cfg.tensorboard) == (3, 1e-3, "carope", 6, 7, True)
-    assert cfg.name == "first-second"
     assert load_config(["--name=other", str(first)]).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "gpt2-rope"),
+        (["--encoding=carope", "--seed=2"], "gpt2-carope-s2"),
+        (["config/carope.toml"], "gpt2-carope"),
+        (["config/demo.toml"], "demo-rope"),
+        (["config/demo.toml", "--encoding=carope"], "demo-carope"),
+        (["config/demo.toml", "config/carope.toml"], "demo-carope"),
+        (["config/carope.toml", "config/demo.toml"], "demo-carope"),
+        (["config/demo.toml", "config/carope.toml", "--encoding=rope"], "demo-rope"),
+        (["config/demo.toml", "config/carope.toml", "config/rope.toml"], "demo-rope"),
+        (["config/demo.toml", "config/sinusoidal_equal.toml"], "demo-sinusoidal_equal"),
+        (["config/demo.toml", "config/sinusoidal_equal.toml", "--encoding=sinusoidal"], "demo-sinusoidal_equal"),
+        (["config/demo.toml", "config/sinusoidal_equal.toml", "config/sinusoidal.toml"], "demo-sinusoidal"),
+        (["config/demo.toml", "config/xpos.toml", "--seed=1", "--xpos_scale_base=64"], "demo-xpos"),
+        (["config/demo.toml", "config/carope.toml", "{tmp}/faster.toml", "--seed=3"], "demo-faster-carope-s3"),
+        (["{tmp}/all.toml"], "all-alibi-s7"),
+        (["{tmp}/all.toml", "--encoding=rope", "--seed=1"], "all-rope"),
+    ],
+)
+def test_the_name_of_a_run_is_size_encoding_and_seed_however_they_are_said(words, name, tmp_path):
+    (tmp_path / "faster.toml").write_text("lr = 2e-3\n")
+    (tmp_path / "all.toml").write_text('encoding = "alibi"\nn_layer = 2\nseed = 7\n')
+    assert load_config([word.format(tmp=tmp_path) for word in words]).name == name
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "demo"])
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
-def test_every_encoding_has_a_config_that_goes_with_every_size(size, encoding):
-    cfg = load_config([str(ROOT / f"config/{size}.toml"), str(ROOT / f"config/{encoding}.toml")])
+def test_every_encoding_goes_with_every_size(size, encoding):
+    file = ROOT / f"config/{encoding}.toml"
+    cfg = load_config([str(ROOT / f"config/{size}.toml"), str(file) if file.exists() else f"--encoding={encoding}"])
     assert (cfg.name, cfg.encoding) == (f"{size}-{encoding}", encoding)
 
 

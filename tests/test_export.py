@@ -206,7 +206,7 @@ def test_more_ids_may_be_added(transformers, exported, tmp_path):
     after = exported(IDS).logits
     assert after.shape[-1] == 300 and torch.equal(after[..., :257], before)
     exported.save_pretrained(tmp_path / "more")
-    for name, text in bundle().items():
+    for name, text in bundle("carope").items():
         (tmp_path / "more" / name).write_text(text)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "more", trust_remote_code=True).eval()
     assert again.config.vocab_size == 300 and torch.equal(again(IDS).logits, after)
@@ -278,7 +278,7 @@ def test_the_tokenizer_gives_our_ids(transformers, tmp_path, name, vocab):
 def test_the_code_beside_the_weights_is_ours_and_asks_for_torch_and_transformers_only():
     import ast
 
-    files = bundle()
+    files = bundle("carope")
     for name, text in files.items():
         nodes = list(ast.walk(ast.parse(text)))
         named = [n.names[0].name for n in nodes if isinstance(n, ast.Import)]

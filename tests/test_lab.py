@@ -6,7 +6,6 @@ import shutil
 import statistics
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +17,7 @@ from core.errors import EXIT_REQUEUE, UserError
 from core.sweep import jobs
 from lab import sweep
 from lab.sweep_report import family, mean_and_error, render, summarize
+from positional import ENCODINGS
 
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
@@ -161,8 +161,10 @@ def test_mistakes_are_refused_in_one_line(words, message, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_every_encoding_of_the_default_grid_has_its_config():
-    assert all(Path(f"config/{name}.toml").exists() for name in sweep.DEFAULT) and len(set(sweep.DEFAULT)) == len(sweep.DEFAULT)
+def test_the_default_grid_is_every_encoding_after_rope(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lab.sweep"])
+    args, _ = sweep.parse_args()
+    assert args.encodings[0] == "rope" and sorted(args.encodings) == sorted(ENCODINGS)
 
 
 def test_means_errors_and_differences_within_a_seed():

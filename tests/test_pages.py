@@ -4,6 +4,7 @@
 
 The blocks run in the order of their page in a folder like a checkout, where the configurations of sizes are toys and
 data/fineweb-edu-10B is a small corpus. A run that a command names is trained first. What is not run is still parsed.
+Python whose first line is a comment with the name of a file is written to that file, or, "continued", added to it.
 """
 
 import importlib
@@ -17,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, fork_server, keep_remote_code, run_command
+from conftest import ROOT, fork_server, keep_remote_code, run_command, without_plugins
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 BLOCK = re.compile(r"(?:<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -72,18 +73,14 @@ def checkout(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def inside(checkout, monkeypatch):
-    """The checkout as working directory; signal handlers and the registry are put back."""
-    from positional import ENCODINGS
-
+    """The checkout as working directory; signal handlers and what plugins have registered are put back."""
     monkeypatch.chdir(checkout)
     monkeypatch.setattr(sys, "executable", str(Path(fork_server()[-1]).with_name("python")))  # for what scripts start
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    registered = dict(ENCODINGS)
-    yield checkout
+    with without_plugins():
+        yield checkout
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    ENCODINGS.clear()
-    ENCODINGS.update(registered)
 
 
 def call(monkeypatch, capfd, script: str, *words: str) -> None:
@@ -152,6 +149,9 @@ def run_page(page: str, monkeypatch, capfd) -> None:
                 DONE.add(command)
         elif "transformers" in block and not importlib.util.find_spec("transformers"):
             continue  # pip install -e '.[eval]'
+        elif kind == "python" and (file := re.match(r"# (\w+\.py)(, continued)?\n", block)):
+            there = Path(file[1]).read_text() if file[2] else ""
+            Path(file[1]).write_text(f"{there}{block}\n\n")
         elif kind == "python":
             if "transformers" in block:  # the code beside the weights is copied there
                 keep_remote_code(monkeypatch, Path("modules").absolute())

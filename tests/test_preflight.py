@@ -5,6 +5,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_checkpoint_that_brings_back_something_else(words, monkeypatch):
 
 
 def test_what_is_finished_is_not_tried(words, capsys):
-    preflight([replace(entry, finished=True) for entry in plan(words, "rope")], None)
+    preflight([replace(entry, state=SimpleNamespace(step=8, finished=True)) for entry in plan(words, "rope")], None)
     assert capsys.readouterr().out == "all runs are finished, nothing to try\n"
 
 

@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_command
+
+from core.files import sha256_file
 
 README = (ROOT / "README.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -14,31 +16,40 @@ SCALE = [
 ]  # fmt: skip
 
 
-def test_the_python_of_the_readme_runs_and_a_new_encoding_is_one_class(corpus, tmp_path):
-    """The README's class is trained, evaluated beyond the training length and decoded, and no other file knows it."""
-    import torch
+def test_the_readmes_encoding_is_one_file_that_every_script_takes(corpus, tmp_path):
+    """It is trained, evaluated beyond the training length, decoded and compared, and no other file knows it."""
+    block = next(block for block in CODE if block.startswith("# half_rope.py\n"))
+    (tmp_path / "half_rope.py").write_text(block)
+    plugin = ["--plugin", tmp_path / "half_rope.py"]
+    words = [*SCALE, f"--data={corpus}", f"--out_dir={tmp_path}"]
+    trained = run_command("train.py", "config/demo.toml", *plugin, "--encoding=half_rope", *words)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "demo-half_rope"
+    again = ["--lengths", 32, 128, "--max_tokens", 1000, "--json", tmp_path / "found.json"]
+    for script, more in (("eval_ppl.py", again), ("sample.py", ["--max_new_tokens", "40", "--temperature", "0"])):
+        without = run_command(script, run, *more)
+        assert without.returncode == 2 and f"--plugin {tmp_path}/half_rope.py loads it" in without.stderr, without.stderr
+        done = run_command(script, run, *more, *plugin)
+        assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert [(r["encoding"], r["tokens"]) for r in results] == [("half_rope", 1000)] * 2
+    state = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())
+    assert state["plugin"] == {"path": str(tmp_path / "half_rope.py"), "sha256": sha256_file(tmp_path / "half_rope.py")}
 
-    from core.distributed import Distributed
-    from eval_ppl import evaluate_run
-    from positional import ENCODINGS
-    from train import train
+    sweep = ["--encodings", "rope", "half_rope", "--seeds", 1, 2, "--lengths", 32, "--max_tokens", 500]
+    compared = run_command("lab.sweep", "config/demo.toml", *plugin, *sweep, *words)
+    assert compared.returncode == 0 and "| half_rope | " in compared.stdout, compared.stderr
+    assert sorted(path.name for path in tmp_path.glob("demo-*/")) == [
+        "demo-half_rope", "demo-half_rope-s2", "demo-rope", "demo-rope-s2",
+    ]  # fmt: skip
 
+
+def test_the_python_of_the_readme_runs():
     names: dict = {}
-    try:
-        for block in CODE:
+    for block in CODE:
+        if not block.startswith("# half_rope.py"):
             exec(block, names)
-        assert names["model"].cfg.n_layer == 4
-        cfg = names["load_config"]([*SCALE, "--encoding=half_rope", f"--data={corpus}", f"--out_dir={tmp_path}", "--name=half"])
-        train(cfg)
-        with Distributed.start("cpu") as dist:
-            results = evaluate_run(tmp_path / "half", [32, 128], dist, max_tokens=1000)
-        assert [(r["encoding"], r["tokens"]) for r in results] == [("half_rope", 1000)] * 2
-        model, idx = names["GPT"](cfg), torch.arange(8)[None]
-        new = torch.stack(list(model.generate(idx, 40, n_vocab=257, temperature=0)), dim=1)
-        every = torch.cat((idx, new), dim=1)
-        assert torch.equal(model(every)[:, 7:-1, :257].argmax(-1), new)
-    finally:
-        ENCODINGS.pop("half_rope", None)
+    assert names["model"].cfg.n_layer == 4
 
 
 def test_the_papers_numbers_are_those_of_table1():
@@ -77,4 +88,4 @@ def test_every_measured_table_comes_from_its_file():
 
 @pytest.mark.parametrize("path", re.findall(r"`([\w/]+\.(?:py|toml|md|json))`", README))
 def test_every_file_the_readme_names_exists(path):
-    assert (ROOT / path).exists() or path in ("config.toml", "env.json", "state.json", "table1.md", "config/half_rope.toml")
+    assert (ROOT / path).exists() or path in ("config.toml", "env.json", "state.json", "table1.md", "half_rope.py")

@@ -85,11 +85,16 @@ def test_the_plan_says_where_it_cannot_estimate(words):
 
 
 def test_a_folder_that_holds_another_run_is_planned_around_and_refused(words):
-    assert run_command("train.py", "config/demo.toml", "config/rope.toml", *words[11:], "--seed=7").returncode == 0
+    assert run_command("train.py", "config/demo.toml", "config/rope.toml", *words[11:], "--n_embd=32").returncode == 0
     plan = run_command(*words, "--dry_run")
-    assert plan.returncode == 0 and "another run" in plan.stdout and "seed = 7 (now 1)" in plan.stdout
+    assert plan.returncode == 0 and "another run" in plan.stdout and "n_embd = 32 (now 16)" in plan.stdout
     done = run_command(*words)
-    assert done.returncode == 2 and "seed = 7 (now 1)" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "n_embd = 32 (now 16)" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_another_seed_is_another_run(words, tmp_path):
+    plan = run_command(*words, "--dry_run", "--seed=7")
+    assert plan.returncode == 0 and "demo-rope-s7 " in plan.stdout and "demo-learned-s7 " in plan.stdout, plan.stderr
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import wandb_server
 from conftest import Hold, logged, records, run_command, start_command
 
 from core import upload as upload_module
+from core.checkpoint import find_checkpoint
 from core.config import load_config
 from core.distributed import Distributed
 from core.errors import UserError
@@ -200,7 +201,8 @@ def test_nothing_is_uploaded_while_the_run_is_trained(offline, monkeypatch):
 
 
 def test_the_table_uploads_the_perplexities_of_its_runs(offline):
-    entry = Entry("tiny", "learned", (), load_config([str(offline / "config.toml"), f"--out_dir={offline.parent}"]), 8, True)
+    cfg = load_config([str(offline / "config.toml"), f"--out_dir={offline.parent}"])
+    entry = Entry("tiny", "learned", (), cfg, find_checkpoint(offline)[1])
     train_and_evaluate(entry, Namespace(lengths=[16, 64], max_tokens=500, nproc=0))
     (table,) = offline.glob("wandb/offline-run-*/files/media/table/perplexity*.json")
     results = json.loads((offline / "eval.json").read_text())

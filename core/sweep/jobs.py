@@ -13,6 +13,7 @@ from typing import Any
 from core.errors import EXIT_REQUEUE, UserError
 from core.files import ROOT
 from core.host import heard
+from core.plugins import plugin_words
 from core.watchdog import PARENT
 
 POLL_S = 0.2
@@ -54,7 +55,8 @@ def start(script: str, arguments: Sequence[str], nproc: int) -> int:
     Signals go on to it, so that it saves and leaves: EXIT_REQUEUE.
     """
     launcher = ["-m", "core.launch", f"--nproc_per_node={nproc}"] if nproc else []
-    child = subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *arguments], env=environment())
+    command = [sys.executable, *launcher, str(ROOT / script), *arguments, *plugin_words()]
+    child = subprocess.Popen(command, env=environment())
     with signals_to(lambda: child.send_signal(signal.SIGTERM)) as received:
         code = child.wait()
     return EXIT_REQUEUE if received else code
@@ -94,7 +96,7 @@ class Job:
         script, *words = self._left.pop(0)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with open(self.output, "ab") as file:
-            command = [sys.executable, str(ROOT / script), *words]
+            command = [sys.executable, str(ROOT / script), *words, *plugin_words()]
             self._child = subprocess.Popen(command, env=environment(threads), stdout=file, stderr=subprocess.STDOUT)
         return False
 

@@ -2,31 +2,43 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.checkpoint import newest_checkpoint
+from core.checkpoint import State, newest_checkpoint
 from core.config import Config, load_config
 from core.data import TokenStream
 from core.distributed import pick_device
 from core.errors import UserError
 from core.files import ROOT
-from core.results import Question
+from core.fingerprint import made_by, other_code
+from core.results import Question, Result
 from core.run import check_same, read_log
 from core.sweep.scaling import hours_from, summary
+from positional import ENCODINGS
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the plan: a size and a variant of it, each a config file, the words that make its config, how far it is."""
+    """One run of the plan: a size and a variant of it, each a config file, the words that make its config, how far it is.
+
+    A variant may be the name of an encoding, too, and so of one that a plugin brings.
+    """
 
     size: str
     variant: str
     words: tuple[str, ...]
     cfg: Config
-    step: int
-    finished: bool = False
+    state: State | None = field(default=None, compare=False)  # of its newest checkpoint
     conflict: str | None = None  # why the run in its folder is another one
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state and not self.conflict else 0
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.state and self.state.finished and not self.conflict)
 
     def finished_now(self) -> bool:
         """Whether it is finished by now, however far it was when the plan was made."""
@@ -46,17 +58,21 @@ class Entry:
 
 
 def find(base: str | Path, variant: str, overrides: list[str]) -> Entry:
-    """The run of the config file `base` under config/VARIANT.toml. Raises UserError for a configuration that cannot be."""
-    words = (str(base), str(ROOT / f"config/{variant}.toml"), *overrides)
+    """The run of the config file `base` under config/VARIANT.toml, or of the encoding VARIANT where there is no such file.
+
+    Raises UserError for a configuration that cannot be.
+    """
+    file = ROOT / f"config/{variant}.toml"
+    plain = variant in ENCODINGS and not file.exists()
+    words = (str(base), f"--encoding={variant}" if plain else str(file), *overrides)
     cfg = load_config(words)
-    found = newest_checkpoint(cfg.folder)
-    step, finished, conflict = (found[1].step, found[1].finished, None) if found else (0, False, None)
+    found, conflict = newest_checkpoint(cfg.folder), None
     try:
         if found:
             check_same(found[1], cfg, {})
     except UserError as error:
-        step, finished, conflict = 0, False, str(error)
-    return Entry(Path(base).stem, variant, words, cfg, step, finished, conflict)
+        conflict = str(error)
+    return Entry(Path(base).stem, variant, words, cfg, found[1] if found else None, conflict)
 
 
 def measured_rate(entry: Entry) -> float | None:
@@ -121,6 +137,28 @@ def refuse_conflicts(entries: list[Entry]) -> None:
     """Raise UserError where the folder of an entry holds another run."""
     if conflict := next((entry.conflict for entry in entries if entry.conflict), None):
         raise UserError(conflict)
+
+
+def refuse_other_code(left: Sequence[Entry], entries: Sequence[Entry], records: Sequence[Result] = ()) -> None:
+    """Raise UserError where what is `left` to do would put seeds of different computations under one name.
+
+    An encoding's code and options as they are now are compared with those of the runs of `entries` and of the `records` of a
+    report that have its name.
+    """
+    for (size, variant), entry in {(e.size, e.variant): e for e in left}.items():
+        now = made_by(entry.cfg) | {"options": entry.cfg.own_options}
+        made = [(f"{e.cfg.folder}", vars(e.state)) for e in entries if e.state and (e.size, e.variant) == (size, variant)]
+        made += [(f"the report's seed {r['seed']}", r) for r in records if r["encoding"] == variant]
+        for where, then in made:
+            how = other_code(then, now)
+            if then.get("options", now["options"]) != now["options"]:
+                how = f"its options were {then['options']} and are {now['options']} now"
+            if how:
+                commit = f"that was at commit {then['git'][:10]}" if then.get("git") else "of which commit it was is unknown"
+                raise UserError(
+                    f"{where}: {variant!r} is not what it was, {how}; {commit}. One name stands for one computation: go back "
+                    "to that, or move the older ones away"
+                )
 
 
 def questions(entry: Entry, lengths: Sequence[int], max_tokens: int, min_document_tokens: int | None = None) -> list[Question]:

@@ -19,7 +19,8 @@ from core.errors import UserError, at_least
 from core.kernels import rotary
 from core.kernels.support import rotation_kernel
 from core.measure import interleave, speedup, spread
-from positional import CARoPE, RoPE
+from positional.carope import CARoPE
+from positional.rotary import RoPE
 
 ENCODINGS = ("rope", "carope")
 

@@ -25,6 +25,7 @@ from core.distributed import Distributed
 from core.guard import Guard
 from core.measure import matmul, release, synchronize, turn
 from core.optim import make_optimizer
+from core.plugins import load, plugin_paths
 from core.run import Run
 from core.sweep.trial import take_step
 from eval_ppl import evaluate
@@ -130,13 +131,17 @@ class Trainee:
 
 def trainee(name: str, cfg: Config, bare: bool) -> Candidate:
     """A trainee in a process of its own, whose turn is a `whole` step, a `bare` one where asked for, and a matmul."""
-    return Candidate(name, "lab.bench.trainee", {"name": name, "config": cfg.model_dump(), "bare": bare})
+    return Candidate(
+        name, "lab.bench.trainee", {"name": name, "config": cfg.model_dump(), "plugins": plugin_paths(), "bare": bare}
+    )
 
 
 def main() -> None:
     """Be what `trainee` starts."""
     answers, job = own_stdout(), json.loads(sys.argv[1])
     os.environ[QUIET] = "1"
+    for path in job["plugins"]:
+        load(path)
     cfg, begin = Config(**job["config"]), time.perf_counter()
     with Distributed.start(cfg.device, cfg.dtype) as dist, closing(Trainee(cfg, dist, job["name"])) as one:
         one.whole()

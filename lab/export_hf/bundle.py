@@ -1,16 +1,21 @@
 """Our own sources as the flat files that `trust_remote_code` loads beside the weights: one implementation, copied.
 
 transformers follows relative imports of files in one folder only, so `positional/base.py` becomes `positional_base.py` and
-`from positional.base import …` becomes `from .positional_base import …`; nothing else in a file is changed.
+`from positional.base import …` becomes `from .positional_base import …`; nothing else in a file is changed. Of the encodings
+there are only the model's and what it is made of; a plugin's file is taken along, too.
 """
 
 import ast
 import hashlib
 import re
+import sys
+from pathlib import Path
 
+import positional
+from core.errors import UserError
 from core.files import ROOT
 
-OURS = ("model", "positional", "core", "lab")
+OURS = ("model", "positional", "core", "lab", r"plugin_\w+")
 START = "lab.export_hf.modeling_carope"
 CONFIGURATION = "lab.export_hf.configuration_carope"
 ALL_FILES = """
@@ -46,15 +51,18 @@ def native() -> None:
 }
 
 
-def bundle() -> dict[str, str]:
-    """File name → text of `modeling_carope.py` and every file of ours that it needs."""
+def bundle(encoding: str) -> dict[str, str]:
+    """File name → text of `modeling_carope.py` and every file of ours that it needs with this encoding.
+
+    Raises UserError where the encoding's class is in no file of positional/ and in no plugin.
+    """
     texts: dict[str, str] = {}
-    waiting = [START]
+    waiting, replaced = [START], REPLACED | {"positional": registry(encoding)}
     while waiting:
         module = waiting.pop()
         if flat(module) in texts:
             continue
-        text = REPLACED.get(module) or source(module)
+        text = replaced.get(module) or source(module)
         texts[flat(module)] = IMPORT.sub(lambda found: f"{found[1]}.{flat(found[2])}", text)
         waiting += needs(text)
     others = sorted(texts.keys() - {flat(START)})
@@ -66,13 +74,29 @@ def bundle() -> dict[str, str]:
     return {f"{name}.py": text for name, text in sorted(texts.items())}
 
 
+def registry(encoding: str) -> str:
+    """What stands for positional/__init__.py: what a file of an encoding may import from there, and the encoding."""
+    cls = positional.ENCODINGS[encoding]
+    if not re.match(r"(positional\.|plugin_)", cls.__module__):
+        raise UserError(
+            f"encoding = {encoding!r}: its class is in {cls.__module__}, and only what is in positional/ or in a plugin can be "
+            "written beside the weights; move it there"
+        )
+    names = [name for name in positional.__all__ if name != "RoPE"]
+    imports = [("positional.base", name) for name in names] + [("positional.rotary", "RoPE"), (cls.__module__, cls.__name__)]
+    lines = [f"from {module} import {name}  # noqa: F401\n" for module, name in imports]
+    return f'"""Stands for positional/__init__.py: the encoding of this model alone."""\n\n{"".join(lines)}'
+
+
 def flat(module: str) -> str:
     """The name of a module in the one folder, e.g. positional_base."""
     return module.removeprefix("lab.export_hf.").replace(".", "_")
 
 
 def source(module: str) -> str:
-    """The text of one of our modules."""
+    """The text of one of our modules, or of a plugin."""
+    if module.startswith("plugin_"):
+        return Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
     path = ROOT.joinpath(*module.split("."))
     return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
 
@@ -80,4 +104,4 @@ def source(module: str) -> str:
 def needs(text: str) -> list[str]:
     """The modules of ours that a module imports."""
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and not node.level]
-    return [node.module for node in nodes if node.module and node.module.partition(".")[0] in OURS]
+    return [node.module for node in nodes if node.module and re.fullmatch("|".join(OURS), node.module.partition(".")[0])]

@@ -19,7 +19,6 @@ from lab.export_hf.card import card, read_evaluations
 from lab.export_hf.tokenizer import as_json, tokenizer_files
 from lab.export_hf.weights import carope_config, gpt2_config, neox_config, prefixed, to_neox
 from model import GPT
-from positional import ENCODINGS
 from text.tokenizer import load_tokenizer
 
 ARCHITECTURES = {"learned": "GPT2LMHeadModel", "rope": "GPTNeoXForCausalLM"}  # that transformers has; else code of our own
@@ -36,12 +35,8 @@ def export(run: str | Path, out: str | Path) -> str:
     cfg, n_vocab = model.cfg, tokenizer.n_vocab
     if n_vocab > cfg.vocab_size:
         raise UserError(f"{run}: its {cfg.vocab_size} ids are fewer than the {n_vocab} of the tokenizer {tokenizer.name!r}")
-    if not (module := ENCODINGS[cfg.encoding].__module__).startswith("positional."):
-        raise UserError(
-            f"encoding = {cfg.encoding!r}: its class is in {module}, and only what is in positional/ can be written beside the "
-            "weights; move it there"
-        )
     custom = cfg.encoding not in ARCHITECTURES
+    code = bundle(cfg.encoding) if custom else {}
     config, weights = converted(model, n_vocab)
     config |= {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "tie_word_embeddings": True, "dtype": "float32"}
     evaluations = read_evaluations(checkpoint.parent.parent, state)
@@ -51,8 +46,7 @@ def export(run: str | Path, out: str | Path) -> str:
         "README.md": card(model, state, evaluations, custom, n_vocab).encode(),
         "LICENSE": (ROOT / "LICENSE").read_bytes(),
     }
-    if custom:
-        files |= {name: text.encode() for name, text in bundle().items()}
+    files |= {name: text.encode() for name, text in code.items()}
     with whole_folder(Path(out)) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():

@@ -46,7 +46,7 @@ def gpt2_config(cfg: Config, n_vocab: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def neox_config(cfg: Config, n_vocab: int) -> dict[str, Any]:
+def neox_config(cfg: Any, n_vocab: int) -> dict[str, Any]:
     """config.json of a model with RoPE."""
     return {
         "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": n_vocab, "hidden_size": cfg.n_embd,

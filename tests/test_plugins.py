@@ -1,0 +1,252 @@
+"""--plugin: an encoding from a file that the command line names, in every script, and told apart from what it was before."""
+
+import json
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_command, torchrun, without_plugins
+from test_pages import BLOCKS
+
+from core.config import Config, load_config, options
+from core.errors import UserError
+from core.plugins import load, plugin_words
+from positional import ENCODINGS
+
+SLOW = """
+    import math
+    import helper
+    from positional import Option, RoPE, register
+
+    @register("slow_rope")
+    class SlowRoPE(RoPE):
+        \"\"\"RoPE on a slower clock.\"\"\"
+
+        options = (*RoPE.options, Option("slow_rope_speed", 0.5, "speed of the clock", gt=0, le=1))
+
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.speed = cfg.slow_rope_speed
+
+        def coords(self, x_BTC, pos_T, last=None):
+            return super().coords(x_BTC, pos_T, last) * self.speed * helper.FACTOR
+"""
+SCALE = [
+    "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=2", "--warmup_steps=0", "--eval_tokens=500", "--final_eval_tokens=500",
+    "--micro_batch=4", "--tokens_per_step=256", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    with without_plugins():
+        yield
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch) -> Path:
+    """A plugin with an option and a module of its own."""
+    written(tmp_path / "helper.py", "FACTOR = 1.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return written(tmp_path / "slow_rope.py", SLOW)
+
+
+@pytest.fixture
+def words(slow, corpus, tmp_path) -> list[str]:
+    """A sweep of its encoding, seconds long."""
+    grid = ["--encodings", "slow_rope", "--lengths", "64", "--max_tokens", "500"]
+    return ["lab.sweep", *grid, f"--data={corpus}", f"--out_dir={tmp_path / 'runs'}", *SCALE, "--plugin", str(slow)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from positional import RoPE\nx = 1\n", "registers no encoding"),
+        ("x = 1\n\nclass (:\n", ", line 3: SyntaxError: invalid syntax"),
+        ("x = 1\nimport no_such_module\n", ", line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise SystemExit(3)\n", ", line 1: SystemExit: 3"),
+        (
+            'from positional import RoPE, register\nregister("mine")(RoPE)\n@register("rope")\nclass B(RoPE): pass\n',
+            ", line 3: ValueError: 'rope' is the name of positional.rotary.RoPE already; give this one another",
+        ),
+        ('from positional import RoPE, register\nregister("Mine!")(RoPE)\n', "'Mine!': the name of an encoding has lower-case"),
+    ],
+)
+def test_a_plugin_that_fails_is_one_line_and_leaves_nothing(text, message, tmp_path):
+    path, before = written(tmp_path / "bad.py", text), ENCODINGS.copy()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"--plugin .*bad\.py") as refused:
+            load(str(path))
+        assert message in str(refused.value) and before == ENCODINGS and not plugin_words()
+    done = run_command("train.py", "--plugin", path, "--print_config")
+    assert done.returncode == 2 and done.stderr.startswith("error: --plugin ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_plugin_that_is_not_there_or_has_the_name_of_another(slow, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"none.py: cannot be read \(No such file or directory\); give a Python file"):
+        load(str(tmp_path / "none.py"))
+    (tmp_path / "other").mkdir()
+    for _ in range(2):
+        load(str(slow))  # the second time it is there
+    with pytest.raises(UserError, match=r"slow_rope\.py has the same name; rename one of the two"):
+        load(shutil.copy(slow, tmp_path / "other"))
+
+
+def test_options_are_known_where_the_class_is(slow, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"--slow_rope_speed=0\.5: no such option"):
+        load_config(["--slow_rope_speed=0.5"])
+    cfg = load_config(["--slow_rope_speed=0.25", f"--plugin={slow}", "--encoding=slow_rope"])
+    assert (cfg.own_options, cfg.name) == ({"rope_base": 10000.0, "slow_rope_speed": 0.25}, "gpt2-slow_rope")
+    with pytest.raises(UserError, match=r"slow_rope_speed = '2' \(command line\): input should be less than or equal to 1"):
+        load_config(["--slow_rope_speed=2"])
+    assert "slow_rope_speed" not in load_config(["--slow_rope_speed=0.25"]).model_dump()  # of rope
+    usage = run_command("train.py", "--help", "--plugin", slow, env={"COLUMNS": "200"}).stdout
+    assert "slow_rope: speed of the clock [default: 0.5]" in usage
+
+
+@pytest.mark.parametrize("name", ["lr", "slow_rope_speed"])
+def test_an_option_that_has_the_name_of_another_is_refused(name, slow, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    load(str(slow))
+    text = SLOW.replace("slow_rope_speed", name).replace('"slow_rope"', '"other"').replace("0.5", "0.75")
+    with pytest.raises(UserError, match=f"{name}: of encoding 'other', is the name of another option; call it otherwise"):
+        load_config([f"--plugin={written(tmp_path / 'other.py', text)}"])
+
+
+def test_no_field_of_the_configuration_is_an_encodings():
+    assert not Config.model_fields.keys() & options().keys() and len(options()) >= 17
+    for name, cls in ENCODINGS.items():
+        assert load_config([f"--encoding={name}"]).own_options == {option.name: option.default for option in cls.options}
+
+
+def test_a_sweep_refuses_seeds_of_another_computation_under_one_name(words, slow, tmp_path):
+    """By the hash of what has changed in the class, by the probe of what has changed elsewhere; another comment is neither."""
+    first = run_command(*words, "--seeds", "1")
+    assert first.returncode == 0, first.stderr
+    run, report = tmp_path / "runs/lab-slow_rope", tmp_path / "runs/lab.json"
+    state = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())
+    assert state["source"].startswith("syntax:") and state["probe"].keys() == {"loss", "grad_norm"}
+    (record,) = json.loads(report.read_text())["runs"]
+    assert record["probe"] == state["probe"] and record["options"] == {"rope_base": 10000.0, "slow_rope_speed": 0.5}
+    kept = report.read_bytes()
+
+    def refused(message: str, *more: str) -> None:
+        for gone in (False, True):  # the run's state says it, and so does the report alone
+            if gone:
+                run.rename(tmp_path / "away")
+            again = run_command(*words, "--seeds", "1", "2", *more)
+            assert again.returncode == 2 and message in again.stderr and again.stderr.count("\n") == 1, again.stderr
+            assert not (tmp_path / "runs/lab-slow_rope-s2").exists() and report.read_bytes() == kept
+        (tmp_path / "away").rename(run)
+
+    written(slow, SLOW.replace("* self.speed *", "* (0.5 * self.speed) *"))
+    refused("'slow_rope' is not what it was, its code has changed; ")
+    written(slow, SLOW)
+    written(tmp_path / "helper.py", "FACTOR = 1.01\n")
+    refused("'slow_rope' is not what it was, it computes something else on the same input; ")
+    written(tmp_path / "helper.py", "FACTOR = 1.0\n")
+    run.rename(tmp_path / "away")
+    again = run_command(*words, "--seeds", "2", "--slow_rope_speed=0.75")
+    assert again.returncode == 2 and "its options were {" in again.stderr and report.read_bytes() == kept, again.stderr
+    (tmp_path / "away").rename(run)
+
+    written(slow, SLOW.replace("RoPE on a slower clock.", "Words.").replace("speed of the clock", "of the clock"))
+    done = run_command(*words, "--seeds", "1", "2")
+    assert done.returncode == 0 and len(json.loads(report.read_text())["runs"]) == 2, done.stderr
+
+
+def test_a_run_that_other_code_continues_says_so(slow, corpus, tmp_path):
+    words = ["train.py", "config/demo.toml", "--encoding=slow_rope", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
+    assert run_command(*words, "--plugin", slow).returncode == 0
+    written(tmp_path / "helper.py", "FACTOR = 1.01\n")
+    for script in (words, ["eval_ppl.py", tmp_path / "demo-slow_rope", "--lengths", "32", "--max_tokens", "500"]):
+        done = run_command(*script, "--plugin", slow)
+        assert done.returncode == 0 and "it computes something else on the same input" in done.stderr, done.stderr
+
+
+def test_nothing_runs_because_a_run_folder_names_it(slow, corpus, tmp_path):
+    words = ["train.py", "config/demo.toml", "--encoding=slow_rope", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
+    assert run_command(*words, "--plugin", slow).returncode == 0
+    written(slow, f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    run = tmp_path / "demo-slow_rope"
+    for script in (["eval_ppl.py", run], ["sample.py", run], ["lab.export_hf", run, tmp_path / "out"], ["lab.report", run]):
+        run_command(*script, cwd=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_ranks_and_children_take_it_along(slow, corpus, tmp_path):
+    """Under torchrun, and by table1.py on two processes: training, evaluation and preflight."""
+    words = [f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE, "--tokens_per_step=512", "--plugin", str(slow)]
+    done = torchrun(2, "train.py", "config/demo.toml", "--encoding=slow_rope", "--name=two", *words)
+    assert done.returncode == 0, done.stderr
+    table = ["--sizes", "demo", "--encodings", "slow_rope", "--lengths", "64", "--max_tokens", "500", "--nproc", "2"]
+    for more in (["--preflight"], []):
+        done = run_command("table1.py", *table, *words, *more)
+        assert done.returncode == 0 and "slow_rope" in done.stdout, done.stderr
+    bench = ["train", "config/demo.toml", "--encodings", "slow_rope", "--rounds", "1", "--synthetic"]
+    done = run_command("lab.bench", *bench, "--device=cpu", "--plugin", slow, *SCALE[:3])
+    assert done.returncode == 0 and "slow_rope" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_an_exported_plugin_computes_the_same_in_transformers(slow, corpus, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from conftest import keep_remote_code
+
+    from core.checkpoint import load_model
+
+    written(slow, SLOW.replace("    import helper\n", "").replace("helper.FACTOR", "math.cos(0.0)"))
+    words = ["train.py", "config/demo.toml", "--encoding=slow_rope", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
+    assert run_command(*words, "--plugin", slow).returncode == 0
+    done = run_command("lab.export_hf", tmp_path / "demo-slow_rope", tmp_path / "hf", "--plugin", slow)
+    assert done.returncode == 0, done.stderr
+    keep_remote_code(monkeypatch, tmp_path / "modules")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    load(str(slow))
+    ours, _, _ = load_model(tmp_path / "demo-slow_rope")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids)[..., : theirs.config.vocab_size], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_steps_of_new_encoding_into_the_repository(corpus, tmp_path):
+    """In a copy: the page's file goes into positional/, and is found by --help, training, the tables and the tests."""
+    copy = tmp_path / "copy"
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("results/"):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    blocks = [block for page, _, _, block in BLOCKS if page == "docs/new-encoding.md" and block.startswith("# mine.py")]
+    (copy / "positional/mine.py").write_text("\n\n".join(blocks))
+    (copy / "config/log_rope.toml").write_text('# RoPE on the logarithm\nencoding = "log_rope"\n')
+
+    def run(*words: object) -> str:
+        done = run_command(*words, cwd=copy, real=True, env={"PYTHONPATH": "", "FORK_SERVER": ""})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "log_rope: tokens that one unit" in run("train.py", "--help").replace("\n", " ").replace("  ", "")
+    run("train.py", "config/demo.toml", "config/log_rope.toml", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE)
+    state = json.loads(next(tmp_path.glob("demo-log_rope/checkpoints/*/state.json")).read_text())
+    assert state["config"]["log_rope_scale"] == 32.0 and state["plugin"] is None
+    run("-m", "lab.encodings_report")
+    page, readme = (copy / "docs/encodings.md").read_text(), (copy / "README.md").read_text()
+    assert all(f"| `{name}` | " in page and f"`{name}`" in readme for name in ("halves", "log_rope", "square_root", "budget"))
+    tests = ["tests/test_positional.py", "tests/test_model.py", "tests/test_config.py", "tests/test_attention.py"]
+    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "halves or log_rope or square_root or budget", *tests)
+    assert said.count(".") > 30, said
