@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any, NoReturn
 from core.console import CommandLine, given_path, remark
 from core.errors import UserError, command
 from core.files import locked, write_json
-from core.host import heard
+from core.host import TO_LEAVE, signals_to
 from text.pretokenized import FINEWEB_TOKENS, adopt
 from text.progress import gigabytes, progress_bar
 from text.shards import MANIFEST, SCRATCH, SHARD_SUFFIXES, read_manifest
@@ -260,19 +259,18 @@ class Interrupted(KeyboardInterrupt):
     """A signal to leave, whose number it holds."""
 
 
-def interrupt(number: int, _frame: object) -> NoReturn:
-    """The handler of these signals."""
+def interrupt(number: int) -> NoReturn:
+    """What these signals do."""
     raise Interrupted(number)
 
 
 @command(work_in_files=True)
 def main() -> int:
     """Prepare what the command line asks for."""
-    for number in heard("SIGINT", "SIGTERM", "SIGHUP"):
-        signal.signal(number, interrupt)
     job = parse_args(sys.argv[1:])
     try:
-        prepare(job)
+        with signals_to(interrupt, *TO_LEAVE):
+            prepare(job)
     except Interrupted as stop:
         n_shards = sum(len(list(job.out.glob(f"*{suffix}"))) for suffix in SHARD_SUFFIXES)
         print(

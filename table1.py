@@ -3,31 +3,30 @@
     python table1.py --nproc 2 --preflight           # do GPUs, data and disk bear it, and what will it cost: a few minutes
     python table1.py --dry_run                       # what is there, what is left, how long it takes
     python table1.py --nproc 2                       # the paper's eight runs on two GPUs, then the table
-    python table1.py --sizes tiny --encodings rope carope_hidden --lengths 512 1024 2048 --seed=2
+    python table1.py --sizes tiny --encodings rope carope_hidden --seeds 1 2 3 --lengths 512 1024 2048 --jobs 2
 
-A run is config/SIZE.toml under config/ENCODING.toml; any --key=value goes to every run. Started again it goes on where
-it was. Writes table1.md, table1.json and table1.png.
+A run is config/SIZE.toml under config/ENCODING.toml; any --key=value goes to every run. Several at a time (--jobs) have GPUs of
+their own. Started again it goes on where it was. Writes table1.md, table1.json and table1.png.
 """
 
 import core.host  # noqa: F401  isort: skip  before torch, which reads what it sets
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from core.config import grad_accum
-from core.console import CommandLine, new_file, new_folder, quiet, remark
-from core.distributed import Distributed
-from core.errors import UserError, command
-from core.files import ROOT, atomic_write, write_json
-from core.results import Result, beside, read_results
-from core.sweep.jobs import launch, start
-from core.sweep.plan import Entry, check_data, find, questions, refuse_conflicts, refuse_other_code, show_plan
+from core.console import CommandLine, new_file, new_folder, quiet
+from core.errors import EXIT_REQUEUE, UserError, command
+from core.files import atomic_write, write_json
+from core.results import Result
+from core.sweep.jobs import start
+from core.sweep.plan import Entry, plan, refuse_conflicts, refuse_other_code, show_plan
 from core.sweep.preflight import preflight
-from core.upload import upload
-from eval_ppl import evaluate_run
+from core.sweep.report import Record, differences, draw, lengths_of, summarize
+from core.sweep.sweep import add_options, check_options, results_of, run_left
+from core.tables import plus_minus, table
 
 # Perplexity on 0.1B held-out tokens of FineWeb-Edu, Table 1 of arXiv 2507.23083
 PAPER = {
@@ -41,26 +40,11 @@ PAPER = {
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
     parser = CommandLine(__doc__)
+    add_options(parser)
+    parser.set_defaults(encodings=["rope", "carope", "learned", "sinusoidal"], lengths=[512, 1024], seeds=[])
     add = parser.add_argument
-    add("--sizes", nargs="+", default=["tiny", "small"], help="files in config/ [default: tiny small]")
-    add(
-        "--encodings",
-        nargs="+",
-        default=["rope", "carope", "learned", "sinusoidal"],
-        help="files in config/, or encodings of a --plugin [default: the paper's four]",
-    )
-    add(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[512, 1024],
-        metavar="T",
-        help="evaluation lengths, tokens [default: 512 1024]",
-    )
-    add("--max_tokens", "--max-tokens", type=int, default=0, help="evaluate the first so many tokens only [default: all]")
-    add("--nproc", type=int, default=0, help="processes on this node [default: one, which uses one device]")
+    add("--sizes", nargs="+", default=["tiny", "small"], metavar="SIZE", help="names, or config files [default: tiny small]")
     add("--out", type=new_folder, default=None, help="folder of table1.* [default: the runs' out_dir]")
-    add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
     add(
         "--preflight",
         action="store_true",
@@ -68,16 +52,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     add("--json", type=new_file, metavar="FILE", help="with --preflight: also write its figures there")
     args, rest = parser.parse_known_args()
+    check_options(args)
     if args.json and not args.preflight:
         raise UserError("--json: goes with --preflight; the table's figures are in table1.json")
     return args, [word for word in rest if word != "--"]
-
-
-def plan(sizes: list[str], encodings: list[str], overrides: list[str]) -> list[Entry]:
-    """An entry per size and encoding. Raises UserError for a configuration that cannot be."""
-    if any(word.partition("=")[0] == "--name" for word in overrides):
-        raise UserError("--name: table1.py names its runs SIZE-ENCODING[-sSEED]; --out_dir keeps sets of runs apart")
-    return [find(ROOT / f"config/{size}.toml", encoding, overrides) for size in sizes for encoding in encodings]
 
 
 def try_out(entries: list[Entry], args: argparse.Namespace, overrides: list[str]) -> int:
@@ -88,106 +66,54 @@ def try_out(entries: list[Entry], args: argparse.Namespace, overrides: list[str]
         for entry in entries:
             grad_accum(entry.cfg, args.nproc)  # refuses what they cannot share before they are started
         words = ["--preflight", "--sizes", *args.sizes, "--encodings", *args.encodings, *overrides]
+        words += ["--seeds", *map(str, args.seeds)] if args.seeds else []
         words += ["--json", args.json] if args.json else []
         return start("table1.py", words, args.nproc)
     preflight(entries, args.json)
     return 0
 
 
-def train_and_evaluate(entry: Entry, args: argparse.Namespace) -> list[Result]:
-    """Finish the run and its evaluation, where they are not; returns one result per length."""
-    if not entry.finished:
-        launch("train.py", entry.words, args.nproc)
-    path, asked = entry.cfg.folder / "eval.json", questions(entry, args.lengths, args.max_tokens)
-    there = read_results(path)
-    if missing := [q.length for q in asked if not q.answer(there)]:
-        check_data(entry, asked[0])
-        evaluate_entry(entry, missing, args, path)
-        there = read_results(path)
-    results = [answer for q in asked if (answer := q.answer(there))]
-    if len(results) < len(asked):
-        raise UserError(f"{path}: has no result of the run's last weights; was it trained again meanwhile? Start again")
-    if missing and entry.cfg.wandb != "disabled":
-        share(entry.cfg.folder, results)
+def records(entry: Entry, args: argparse.Namespace) -> list[Record]:
+    """A record of the finished run for each length, beside the paper's perplexity, where it has one."""
     about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}
+    results = results_of(entry, args) if entry.finished_now() else []
     return [{**about, **r, "paper": PAPER.get((entry.size, r["length"]), {}).get(entry.variant)} for r in results]
 
 
-def evaluate_entry(entry: Entry, lengths: list[int], args: argparse.Namespace, path: Path) -> None:
-    """Add the perplexities of a finished run at `lengths` to those in `path`; evaluated here, or on --nproc processes."""
-    if args.nproc:
-        words = ["--lengths", *map(str, lengths), "--max_tokens", str(args.max_tokens), "--json", str(path), "--append"]
-        launch(
-            "eval_ppl.py", [str(entry.cfg.folder), *words, "--data", entry.cfg.data, "--device", entry.cfg.device], args.nproc
-        )
-        return
-    with Distributed.start(entry.cfg.device) as dist:
-        results = evaluate_run(entry.cfg.folder, lengths, dist, max_tokens=args.max_tokens, data=entry.cfg.data)
-    write_json(path, beside(results, read_results(path)))
-    found = ", ".join(f"{r['perplexity']:.2f} at length {r['length']}" for r in results if r["perplexity"])
-    print(f"{entry.cfg.name}: ppl {found or '–'}; {max(r['tokens'] or 0 for r in results):,} tokens", flush=True)
+def by_size(results: Sequence[Result]) -> dict[str, list[Record]]:
+    """Of each size its runs' means over seeds, the first variant as the baseline."""
+    runs: dict[str, list[Record]] = {}
+    for r in results:
+        runs.setdefault(r["size"], []).append(r | {"encoding": r["variant"]})
+    return {size: summarize(mine, mine[0]["encoding"]) for size, mine in runs.items()}
 
 
-def share(folder: Path, results: list[dict[str, Any]]) -> None:
-    """Put the results of the run in `folder` into its run at Weights & Biases; the table does without where that fails."""
-    try:
-        upload(folder, results)
-    except UserError as error:
-        print(f"warning: {error}; eval_ppl.py {folder} --wandb uploads its perplexities", file=sys.stderr)
-
-
-def render(results: list[dict[str, Any]]) -> str:
-    """Markdown: a table per size, a row per length and source, a column per encoding."""
-    parts = []
-    for size in dict.fromkeys(r["size"] for r in results):
-        mine = [r for r in results if r["size"] == size]
-        variants = list(dict.fromkeys(r["variant"] for r in mine))
-        lines = [f"| {size}, length | | {' | '.join(variants)} |", "|---:|---|" + "---:|" * len(variants)]
-        for length in dict.fromkeys(r["length"] for r in mine):
-            row = {r["variant"]: r for r in mine if r["length"] == length}
-            sources = [("ours", "perplexity")] + ([("paper", "paper")] if (size, length) in PAPER else [])
-            for source, key in sources:
-                cells = ["–" if row[v][key] is None else f"{row[v][key]:.2f}" for v in variants]
-                lines.append(f"| {length} | {source} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines) + "\n")
-    tokens = max((r["tokens"] or 0 for r in results), default=0)
-    parts.append(f"Perplexity over {tokens:,} tokens of the evaluation set, one run each.\n")
+def render(results: Sequence[Result]) -> str:
+    """Markdown: a table per size, a row per length and source, a column per encoding; of more seeds their differences, too."""
+    parts, n_seeds = [], {1}
+    for size, summary in by_size(results).items():
+        variants, rows = list(dict.fromkeys(r["encoding"] for r in summary)), []
+        for length in lengths_of(summary):
+            row = {r["encoding"]: r for r in summary if r["length"] == length}
+            cells = [plus_minus(r["perplexity"], r["perplexity_stderr"], ".2f") for r in map(row.get, variants) if r]
+            rows.append([length, "ours", *cells])
+            if paper := PAPER.get((size, length)):
+                rows.append([length, "paper", *(plus_minus(paper.get(variant), None, ".2f") for variant in variants)])
+        parts.append(table([f"{size}, length", "", *variants], rows))
+        n_seeds |= {r["n"] for r in summary}
+        if max(r["n"] for r in summary) > 1:
+            parts.append(differences(summary, variants[0]))
+    tokens, most = max((r["tokens"] or 0 for r in results), default=0), max(n_seeds)
+    what = "one run each" if most == 1 else f"mean ± standard error over up to {most} seeds"
+    parts.append(f"Perplexity over {tokens:,} tokens of the evaluation set, {what}.\n")
     return "\n".join(parts)
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Perplexity against length, a panel per size, a line per encoding."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
-
-    sizes = list(dict.fromkeys(r["size"] for r in results))
-    figure, axes = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.2), squeeze=False, layout="constrained")
-    for axis, size in zip(axes[0], sizes, strict=True):
-        mine = [r for r in results if r["size"] == size]
-        for variant in dict.fromkeys(r["variant"] for r in mine):
-            points = [(r["length"], r["perplexity"]) for r in mine if r["variant"] == variant and r["perplexity"]]
-            axis.plot(*zip(*points, strict=True), marker="o", label=variant)
-        lengths = sorted({r["length"] for r in mine})
-        axis.set(xscale="log", yscale="log", title=f"GPT-{size}", xlabel="length, tokens", ylabel="perplexity", xticks=lengths)
-        axis.set_xticklabels(lengths)
-        axis.xaxis.minorticks_off()
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    plt.close(figure)
 
 
 @command(work_in_files=True)
 def main() -> int:
     """Show the plan; unless it is a dry run or a preflight, do what is left of it and render the table."""
     args, overrides = parse_args()
-    entries = plan(args.sizes, args.encodings, overrides)
+    entries = plan(args.sizes, args.encodings, args.seeds, overrides)
     if args.dry_run or not (quiet() or args.preflight):
         show_plan(entries, args.nproc)
     if args.dry_run:
@@ -196,21 +122,24 @@ def main() -> int:
     refuse_other_code([entry for entry in entries if not entry.finished], entries)
     if args.preflight:
         return try_out(entries, args, overrides)
-    results = []
     out = Path(args.out or entries[0].cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    for number, entry in enumerate(entries, start=1):
-        if not entry.finished:
-            remark(
-                f"\n[{number}/{len(entries)}] {entry.cfg.name}: {entry.cfg.steps:,} steps, then its perplexities", stdout=True
-            )
-        results += train_and_evaluate(entry, args)
-        write_json(out / "table1.json", results)
-    with atomic_write(out / "table1.md", "w") as file:
-        file.write(render(results))
-    draw(results, out / "table1.png")
-    print(f"\n{render(results)}\n{out}/table1.md, table1.json, table1.png")
-    return 0
+
+    def report() -> list[Record]:
+        found = [record for entry in entries for record in records(entry, args)]
+        write_json(out / "table1.json", found)
+        return found
+
+    left = run_left(entries, len(entries), args, report)
+    if found := report():
+        with atomic_write(out / "table1.md", "w") as file:
+            file.write(render(found))
+        summaries = {f"GPT-{size}": summary for size, summary in by_size(found).items()}
+        draw(summaries, {entry.cfg.block_size for entry in entries}, out / "table1.png")
+        print(f"\n{render(found)}\n{out}/table1.md, table1.json, table1.png")
+    if left:
+        print(f"time is up with {left} of {len(entries)} runs left; the same command goes on")
+    return EXIT_REQUEUE if left else 0
 
 
 if __name__ == "__main__":

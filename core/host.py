@@ -1,12 +1,13 @@
 """What torch makes of a host: threads, memory, fallbacks. Import it before torch, which reads these settings when it comes.
 
-What the environment says already is left as it is. And what a caller says to a process: `ranks`, `heard`.
+What the environment says already is left as it is. And what a caller says to a process: `ranks`, `signals_to`.
 """
 
 import ctypes
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from core.errors import UserError
@@ -34,10 +35,23 @@ if not any(name.startswith("MALLOC_") for name in os.environ):
     keep_freed_memory()
 
 
-def heard(*names: str) -> list[signal.Signals]:
-    """The signals of these names that the system has and that this process was not started to ignore, as nohup starts it."""
+TO_LEAVE = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, whoever ends processes, and a terminal that closes
+
+
+@contextmanager
+def signals_to(receive: Callable[[int], object], *names: str) -> Iterator[None]:
+    """While entered, each of the signals of these `names` calls `receive` with its number.
+
+    Those that this process was started to ignore, as nohup starts it, stay ignored, and those that the system lacks are none.
+    """
     found = [signal.Signals[name] for name in names if hasattr(signal, name)]
-    return [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in found if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _frame: receive(number)) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Ranks(NamedTuple):

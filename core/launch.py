@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from core.console import docstring_of
 from core.errors import EXIT_REQUEUE, command
+from core.host import signals_to
 from core.watchdog import PARENT, follow_parent
 
 
@@ -26,11 +27,9 @@ def launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    def stop(number: int, _frame: object) -> NoReturn:
+    def stop(number: int) -> NoReturn:
         raise SignalException(f"got signal {number}", sigval=signal.Signals(number))
 
-    if hasattr(signal, "SIGUSR1"):  # not on Windows; torchrun minds SIGTERM and SIGINT itself
-        signal.signal(signal.SIGUSR1, stop)
     # Ranks that end with a code have said why, and of those that were killed we say it below
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     options = torchrun.parse_args(arguments)
@@ -40,7 +39,8 @@ def launch(arguments: list[str]) -> int:
     n_local = int(options.nproc_per_node) if options.nproc_per_node.isdigit() else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_local)))
     try:
-        torchrun.run(options)
+        with signals_to(stop, "SIGUSR1"):  # torchrun minds SIGTERM and SIGINT itself
+            torchrun.run(options)
     except SignalException:
         return EXIT_REQUEUE
     except ChildFailedError as error:

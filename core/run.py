@@ -36,14 +36,13 @@ from core.errors import EXIT_REQUEUE, UserError
 from core.files import atomic_write, locked, standard_json, write_json
 from core.fingerprint import made_by, warn_of_other_code
 from core.guard import Guard
-from core.host import heard
+from core.host import TO_LEAVE, signals_to
 from core.initial import load_initial
 from core.provenance import environment, git_version
 from core.trackers import Progress, Tracker, make_trackers
 from model import GPT
 
 LOCK_PATIENCE_S = 10.0  # a run that was told to leave may still be saving when its successor starts
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # the last two: Slurm's warning, and a terminal that closes
 
 
 class Leaving(Exception):
@@ -120,8 +119,7 @@ class Run:
             return
         self._bar = Progress(self.cfg, start, self.dist.is_main)
         self._open_things.callback(self._bar.close)
-        for number in heard(*SIGNALS):
-            self._open_things.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self._open_things.enter_context(signals_to(self._on_signal, *TO_LEAVE, "SIGUSR1"))  # Slurm's warning
         self._restart_clock()
         for step in range(start, self.cfg.steps + 1):
             yield step
@@ -230,7 +228,7 @@ class Run:
         except OSError as error:
             self._error = f"{self._log_file.name}: not written ({error.strerror}); the last checkpoint is whole"
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
+    def _on_signal(self, number: int) -> None:
         self._signal = number
         if self.dist.is_main:  # os.write: print is not safe in a signal handler
             with suppress(OSError):  # nobody may be left to read it

@@ -9,6 +9,7 @@ from typing import Any
 
 from core.config import load_config
 from core.files import ROOT, write_blocks
+from core.tables import table
 from positional import ENCODINGS
 
 PAGE = ROOT / "docs/encodings.md"
@@ -31,12 +32,11 @@ def summary(name: str) -> str:
 def render() -> str:
     """The table: name, what it is, what it changes, parameters of GPT-Tiny's, behavior past the training length."""
     tiny = str(ROOT / "config/tiny.toml")
-    lines = ["| encoding | what it is | changes | parameters, GPT-Tiny | past the training length |", "|---|---|---|---:|---|"]
-    for name in ENCODINGS:
+    rows = []
+    for name, cls in ENCODINGS.items():
         n_params = parameters(name, load_config([tiny, f"--encoding={name}"]))
-        cells = (f"`{name}`", summary(name), ENCODINGS[name].changes, f"{n_params:,}", ENCODINGS[name].beyond)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"`{name}`", summary(name), cls.changes, f"{n_params:,}", cls.beyond])
+    return table(["encoding", "what it is", "changes", "parameters, GPT-Tiny", "past the training length"], rows)
 
 
 def families() -> str:
@@ -44,7 +44,7 @@ def families() -> str:
     names: dict[str, list[str]] = {}
     for name, cls in ENCODINGS.items():
         names.setdefault(cls.family, []).append(f"`{name}`")
-    return "".join(["| family | names |\n|---|---|\n", *(f"| {title} | {' '.join(mine)} |\n" for title, mine in names.items())])
+    return table(["family", "names"], [[title, " ".join(mine)] for title, mine in names.items()])
 
 
 def main() -> None:

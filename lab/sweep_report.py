@@ -6,7 +6,6 @@ python -m lab.sweep_report    puts results/lab-cpu.json, intervene-cpu.json, lab
 import json
 import math
 import platform
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,18 @@ from core.data import TokenStream
 from core.distributed import format_name, pick_device, pick_dtype
 from core.documents import Losses, load
 from core.errors import UserError
-from core.files import ROOT, atomic_write, write_blocks
+from core.files import ROOT, write_blocks
 from core.fingerprint import source_of
 from core.provenance import git_version
 from core.results import FIELDS
 from core.sweep.plan import Entry
+from core.sweep.report import differences, draw, perplexities, summarize
+from core.tables import mean_and_error, plus_minus, table
 from positional import ENCODINGS
 
-STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-.")]  # tell lines apart in grey
 KEPT = (  # of an evaluation's record
     "perplexity", "nll", "stderr", "bits_per_byte", "tokens", "documents", "bytes", "step", "n_params", "git", "probe", *FIELDS,
 )  # fmt: skip
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; of a single value the error is unknown."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def collect(cfg: Config, baseline: str, finished: dict[Entry, list[dict[str, Any]]], known: dict[str, Any]) -> dict[str, Any]:
@@ -115,42 +109,10 @@ def machine(entries: Sequence[Entry]) -> list[str]:
     return list(found)
 
 
-def summarize(runs: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """One record per encoding and length, over the seeds there are."""
-    at = {(r["encoding"], r["length"], r["seed"]): r for r in runs}
-    summary = []
-    for encoding, length in dict.fromkeys((r["encoding"], r["length"]) for r in runs):
-        mine = [r for (e, n, _), r in at.items() if (e, n) == (encoding, length) and r["nll"] is not None]
-        record: dict[str, Any] = {"encoding": encoding, "length": length, "n": len(mine)}
-        pairs = [r["nll"] - other["nll"] for r in mine if (other := at.get((baseline, length, r["seed"]))) and other["nll"]]
-        columns = {
-            "perplexity": [r["perplexity"] for r in mine],
-            "nll": [r["nll"] for r in mine],
-            "nll_difference": pairs,
-        }
-        for key, values in columns.items():
-            record[key], record[f"{key}_stderr"] = mean_and_error(values) if values else (None, None)
-        summary.append(record)
-    return summary
-
-
 def render(found: dict[str, Any]) -> str:
-    """Two Markdown tables, a row per encoding, a column per length: perplexity, and the difference to the baseline."""
-    lengths = list(dict.fromkeys(r["length"] for r in found["summary"]))
-    parts, before = [], outdated(found["runs"])
-    for title, key, digits in (
-        ("perplexity", "perplexity", 2),
-        (f"nats per token more than {found['baseline']}, same seed", "nll_difference", 4),
-    ):
-        lines = [f"| {title} | {' | '.join(map(str, lengths))} | n |", "|---|" + "---:|" * (len(lengths) + 1)]
-        for encoding in dict.fromkeys(r["encoding"] for r in found["summary"]):
-            row = {r["length"]: r for r in found["summary"] if r["encoding"] == encoding}
-            cells = [cell(row[n], key, digits) if n in row else "–" for n in lengths]
-            if key == "nll_difference" and encoding == found["baseline"]:
-                continue
-            name = encoding + " †" * (encoding in before)
-            lines.append(f"| {name} | {' | '.join(cells)} | {max(r['n'] for r in row.values())} |")
-        parts.append("\n".join(lines) + "\n")
+    """Two tables, a row per encoding, a column per length: perplexity, and the difference to the baseline."""
+    summary, before = found["summary"], outdated(found["runs"])
+    parts = [perplexities(summary, before), differences(summary, found["baseline"], before)]
     tokens = max((r["tokens"] or 0 for r in found["runs"]), default=0)
     parts.append(
         f"Mean ± standard error over n seeds; {found['train_tokens']:,} training tokens at length "
@@ -161,61 +123,14 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def cell(record: dict[str, Any], key: str, digits: int) -> str:
-    """Mean ± standard error."""
-    if record[key] is None:
-        return "–"
-    sign = "+" if key == "nll_difference" else ""
-    error = record[f"{key}_stderr"]
-    return f"{record[key]:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw_families(found: dict[str, Any], path: Path) -> None:
     """Perplexity against length, a panel per family, the baseline in each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
-
-    families: dict[str, list[str]] = {}
-    for encoding in dict.fromkeys(r["encoding"] for r in found["summary"]):
-        families.setdefault(family(encoding), []).append(encoding)
-    families = {title: names for title, names in families.items() if names != [found["baseline"]]} or families
-    lengths = sorted({r["length"] for r in found["summary"]})
-    columns = 2 if len(families) in (2, 4) else min(3, len(families))
-    rows = math.ceil(len(families) / columns)
-    size = (4.2 * columns, 3.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True)
-    for axis in axes.flat[len(families) :]:
-        axis.set_visible(False)
-    for axis, (title, encodings) in zip(axes.flat, families.items(), strict=False):
-        for i, encoding in enumerate(dict.fromkeys([found["baseline"], *encodings])):
-            points = [r for r in found["summary"] if r["encoding"] == encoding and r["perplexity"]]
-            marker, line = STYLES[i % len(STYLES)]
-            base = encoding == found["baseline"]
-            axis.errorbar(
-                [r["length"] for r in points],
-                [r["perplexity"] for r in points],
-                [r["perplexity_stderr"] or 0 for r in points],
-                marker=marker, linestyle=line, capsize=2, markersize=4, color="0.6" if base else None,
-                linewidth=3 if base else 1.4, zorder=1 if base else 2, label=f"{encoding} (baseline)" if base else encoding,
-            )  # fmt: skip
-        axis.axvline(found["config"]["block_size"], color="0.8", linestyle=":", zorder=0)
-        axis.set(xscale="log", yscale="log", title=title, xticks=lengths)
-        axis.set_xticklabels(lengths)
-        axis.xaxis.minorticks_off()
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(ScalarFormatter())
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel(f"length, tokens (trained at {found['config']['block_size']})")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("perplexity")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    plt.close(figure)
+    baseline = [r for r in found["summary"] if r["encoding"] == found["baseline"]]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for record in found["summary"]:
+        if record not in baseline:
+            families.setdefault(family(record["encoding"]), baseline.copy()).append(record)
+    draw(families or {family(found["baseline"]): baseline}, {found["config"]["block_size"]}, path, found["baseline"])
 
 
 def encoding_of(variant: str) -> str | None:
@@ -251,15 +166,13 @@ def render_interventions(found: dict[str, Any]) -> str:
             at.setdefault((r["f"], run["encoding"], r["length"]), []).append(r["difference"])
     columns = list(dict.fromkeys((encoding, length) for _, encoding, length in at))
     heads = [f"{encoding}, {length}" for encoding, length in columns]
-    lines = [f"| nats per token more with f | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for change, words in REPLACED.items():
-        cells = []
-        for encoding, length in columns:
-            mean, error = mean_and_error(at[change, encoding, length])
-            cells.append(f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
-        lines.append(f"| {words} | {' | '.join(cells)} |")
+    rows = [
+        [words, *(plus_minus(*mean_and_error(at[change, encoding, length]), "+.3f") for encoding, length in columns)]
+        for change, words in REPLACED.items()
+    ]
     n = {encoding: sum(run["encoding"] == encoding for run in found["runs"]) for encoding, _ in columns}
-    return "\n".join(lines) + f"\n\nMean ± standard error over {min(n.values())} runs each.\n"
+    text = table(["nats per token more with f", *heads], rows)
+    return f"{text}\nMean ± standard error over {min(n.values())} runs each.\n"
 
 
 def render_documents(losses: Losses) -> str:
@@ -270,21 +183,17 @@ def render_documents(losses: Losses) -> str:
     """
     heads, tokens_D = [f"{length:,}" for length in losses.lengths], losses.tokens
     n, total = len(tokens_D), tokens_D.sum()
-    rule = "|---|" + "---:|" * len(heads)
-    first, second = (
-        [f"| perplexity | {' | '.join(heads)} |", rule],
-        [f"| − {losses.runs[0]}, nats | {' | '.join(heads)} |", rule],
-    )
+    first, second = [], []
     for i, run in enumerate(losses.runs):
-        cells = [f"{math.exp(sums_D.sum() / total):.3f}" for sums_D in losses.loss[i]]
-        first.append(f"| {run} | {' | '.join(cells)} |")
+        first.append([run, *(f"{math.exp(sums_D.sum() / total):.3f}" for sums_D in losses.loss[i])])
         cells = []
         for difference_D in losses.loss[i] - losses.loss[0]:
             mean = difference_D.sum() / total
             error = math.sqrt(((difference_D - mean * tokens_D) ** 2).sum() * n / (n - 1)) / total
-            cells.append(f"{mean:+.4f} ± {error:.4f}")
-        second += [f"| {run} | {' | '.join(cells)} |"] if i else []
-    return "\n".join([*first, "", *second]) + f"\n\n{n} documents, {total:,} tokens; ± is the standard error over documents.\n"
+            cells.append(plus_minus(mean, error, "+.4f"))
+        second += [[run, *cells]] if i else []
+    tables = table(["perplexity", *heads], first), table([f"− {losses.runs[0]}, nats", *heads], second)
+    return "\n".join([*tables, f"{n} documents, {total:,} tokens; ± is the standard error over documents.\n"])
 
 
 REPLACED = {
@@ -307,7 +216,7 @@ def blocks() -> dict[str, str]:
 def write_page() -> None:
     """Put the tables into docs/findings.md, and the laboratory's figure beside the page."""
     write_blocks(PAGE, blocks())
-    draw(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
+    draw_families(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 from core.files import ROOT, write_blocks
+from core.tables import mean_and_error, plus_minus, table
 from lab.analyze.tasks import draw
-from lab.sweep_report import PAGE, mean_and_error
+from lab.sweep_report import PAGE
 
 RESULTS = ROOT / "results/tasks-cpu.json"
 
@@ -32,17 +33,16 @@ def render(found: dict[str, Any]) -> str:
     """A row per task and encoding, a column per multiple of the training length."""
     merged = merge(found)
     factors = list(dict.fromkeys(r["factor"] for r in merged[0]["results"]))
-    lines = [f"| accuracy at × {found['runs'][0]['block_size']} | | {' | '.join(map(str, factors))} | n |"]
-    lines.append("|---|---|" + "---:|" * (len(factors) + 1))
+    rows = []
     for task, chance in dict.fromkeys((r["task"], r["chance"]) for r in merged[0]["results"]):
         for i, one in enumerate(merged):
             row = [r for r in one["results"] if r["task"] == task]
-            cells = ["–" if r["accuracy"] is None else f"{r['accuracy']:.2f} ± {r['stderr']:.2f}" for r in row]
+            cells = [plus_minus(r["accuracy"], r["stderr"], ".2f") for r in row]
             title = f"{task} (a guess: {chance:.2f})" if i == 0 else ""
-            lines.append(f"| {title} | {one['encoding']} | {' | '.join(cells)} | {one['n']} |")
+            rows.append([title, one["encoding"], *cells, one["n"]])
     examples = max(r["n"] for one in found["runs"] for r in one["results"])
-    lines.append(f"\nMean ± standard error over n runs, of a single run over its {examples} examples.")
-    return "\n".join(lines) + "\n"
+    text = table([f"accuracy at × {found['runs'][0]['block_size']}", "", *factors, "n"], rows)
+    return f"{text}\nMean ± standard error over n runs, of a single run over its {examples} examples.\n"
 
 
 def main() -> None:

@@ -61,7 +61,8 @@ def test_the_table_of_encodings_is_what_the_classes_say():
 
 
 def test_the_tables_of_the_findings_are_those_of_the_laboratory():
-    from lab.sweep_report import blocks, summarize
+    from core.sweep.report import summarize
+    from lab.sweep_report import blocks
 
     page = (ROOT / "docs/findings.md").read_text()
     for name, text in blocks().items():

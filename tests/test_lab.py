@@ -15,8 +15,10 @@ from conftest import Hold, run_command
 from core.documents import load
 from core.errors import EXIT_REQUEUE, UserError
 from core.sweep import jobs
+from core.sweep.report import summarize
+from core.tables import mean_and_error
 from lab import sweep
-from lab.sweep_report import family, mean_and_error, render, summarize
+from lab.sweep_report import family, render
 from positional import ENCODINGS
 
 SCALE = [
@@ -129,6 +131,7 @@ def test_when_time_is_up_what_runs_is_saved_and_the_next_call_goes_on(words, tmp
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words, tmp_path):
     words[words.index("rope") : words.index("learned") + 1] = ["learned", "nope", "rope"]
+    words += ["--jobs", "2"]
     (tmp_path / "lab-nope-s2").mkdir(parents=True)
     (tmp_path / "lab-nope-s2/config.toml").mkdir()  # where the run wants a file
     done = run_command(*words)
@@ -143,8 +146,8 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--name=x"], "lab.sweep gives its runs their names"),
-        (["--seed=3"], "see --seeds"),
+        (["--name=x"], "--name=x: a run here is called SIZE-ENCODING"),
+        (["--seed=3"], "gets its encoding and seed from --encodings and --seeds"),
         (["--encodings", "rop"], "config/rop.toml"),
         (["--jobs", "0"], "--jobs = 0: must be at least 1"),
         (["--minutes", "-1"], "--minutes = -1.0: must be at least 0"),
@@ -157,7 +160,7 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words
 def test_mistakes_are_refused_in_one_line(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lab.sweep", *words])
     with pytest.raises(UserError, match=message) as caught:
-        sweep.plan(*sweep.parse_args())
+        sweep.main.__wrapped__()
     assert "\n" not in str(caught.value)
 
 

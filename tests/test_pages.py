@@ -33,6 +33,7 @@ TABLE = ["--sizes", "tiny", "--encodings", "rope", "--lengths", "32", "--max_tok
 MORE = {  # words that are added to a command which has these
     "lab.sweep": ["--dry_run", *WORDS],
     "table1.py --nproc": TABLE,
+    "table1.py --seeds": TABLE,
     "lab.analyze freq": ["--max_tokens", "2048"],
     "lab.analyze intervene": ["--max_tokens", "4096"],
     "lab.analyze tasks": ["--examples", "4"],

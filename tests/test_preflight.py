@@ -14,6 +14,8 @@ from conftest import ROOT, Hold, as_rank, run_command, start_command
 import table1
 from core.errors import UserError
 from core.sweep import needs, trial
+from core.sweep.plan import Entry
+from core.sweep.plan import plan as make_plan
 from core.sweep.preflight import FOLDER, preflight
 
 FAULTS = Path(__file__).with_name("preflight_faults.py")
@@ -29,8 +31,8 @@ def words(corpus, tmp_path) -> list[str]:
     return [f"--data={corpus}", f"--out_dir={tmp_path / 'new/runs'}", *TOY]
 
 
-def plan(words: list[str], *encodings: str) -> list[table1.Entry]:
-    return table1.plan(["demo"], list(encodings), words)
+def plan(words: list[str], *encodings: str) -> list[Entry]:
+    return make_plan(["demo"], encodings, [], words)
 
 
 def test_two_ranks_by_the_command(words, tmp_path):
@@ -157,7 +159,7 @@ def test_too_few_tokens(words):
         (["--json", "x"], 0, "--json: goes with --preflight"),
         (["--preflight", "--nproc", "2"], 2, "--nproc 2: torchrun has started the processes already"),
         (["--preflight", "--nproc", "3"], 0, "is no multiple of micro_batch 4 × block_size 64 × 3 device"),
-        (["--preflight", "--name=x"], 0, "--name: table1.py names its runs"),
+        (["--preflight", "--name=x"], 0, "--name=x: a run here is called SIZE-ENCODING"),
     ],
 )
 def test_refusals(words, extra, ranks, message, monkeypatch):

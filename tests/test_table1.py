@@ -1,12 +1,16 @@
 """The table: plan, run, evaluate, render, restart."""
 
 import json
+import os
 import signal
 
 import pytest
-from conftest import Hold, run_command, start_command
+import torch
+from conftest import ROOT, Hold, run_command, start_command
 
-from core.sweep.jobs import start
+from core.errors import UserError
+from core.sweep.jobs import Job, Place, places, run_all, start
+from core.tables import mean_and_error
 
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=4", "--warmup_steps=1", "--eval_tokens=500", "--final_eval_tokens=500",
@@ -123,7 +127,7 @@ def test_ranks_are_started_wherever_the_user_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--name=x"], "--name: table1.py names its runs"),
+        (["--name=x"], "--name=x: a run here is called SIZE-ENCODING"),
         (["--stepz=3"], "did you mean --steps"),
         (["--encodings", "rop"], "config/rop.toml"),
         (["--n_head=3"], "n_head = 3"),
@@ -132,3 +136,63 @@ def test_ranks_are_started_wherever_the_user_is(tmp_path, monkeypatch):
 def test_refusals(words, extra, message):
     done = run_command(*words, *extra)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_seeds_several_at_a_time_and_configurations_by_path(words, tmp_path):
+    """Means over seeds and differences within them; what a run says is in a file beside its folder."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text('encoding = "xpos"\nxpos_scale_base = 64.0\n')
+    words[words.index("rope") : words.index("learned") + 1] = ["rope", str(mine)]
+    words[words.index("demo")] = str(ROOT / "config/demo.toml")
+    done = run_command(*words, "--seeds", 1, 2, "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "table1.json").read_text())
+    assert [(r["run"], r["variant"], r["seed"]) for r in results[::2]] == [
+        ("demo-rope", "rope", 1), ("demo-mine", "mine", 1), ("demo-rope-s2", "rope", 2), ("demo-mine-s2", "mine", 2),
+    ]  # fmt: skip
+    rope, other = ([r for r in results if r["variant"] == v and r["length"] == 64] for v in ("rope", "mine"))
+    mean, error = mean_and_error([r["perplexity"] for r in rope])
+    table = (tmp_path / "table1.md").read_text()
+    assert f"| 64 | ours | {mean:.2f} ± {error:.2f} | " in table and "mean ± standard error over up to 2 seeds" in table
+    mean, error = mean_and_error([a["nll"] - b["nll"] for a, b in zip(other, rope, strict=True)])
+    assert (
+        f"| mine | {mean:+.4f} ± {error:.4f} | " in table
+        and "| nats per token more than rope, same seed | 64 | 128 | n |" in table
+    )
+    assert "step 4/4" in (tmp_path / "demo-mine-s2.txt").read_text()
+    state = json.loads(next((tmp_path / "demo-mine").glob("checkpoints/*/state.json")).read_text())
+    assert state["config"]["xpos_scale_base"] == 64.0
+    again = run_command(*words, "--seeds", 1, 2)
+    assert again.returncode == 0 and again.stdout.count("finished") == 4 and "[" not in again.stderr
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(monkeypatch):
+    """As many as their processes; where there are fewer, runs of one process share them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def gpus(*of: object) -> list[tuple[str, ...]]:
+        return [place.gpus for place in places(*of)]
+
+    assert gpus(1, 0, ["cuda"]) == gpus(1, 2, ["cuda"]) == [()]
+    assert gpus(4, 0, ["cuda"]) == gpus(4, 1, ["cuda"]) == [("0",), ("1",), ("2",), ("3",)]
+    assert gpus(2, 2, ["cuda"]) == [("0", "1"), ("2", "3")]
+    assert gpus(6, 0, ["cuda"]) == [("0",), ("1",), ("2",), ("3",), ("0",), ("1",)]
+    with pytest.raises(UserError, match="--jobs 3 of --nproc 2: need 6 GPUs, 4 are there"):
+        places(3, 2, ["cuda"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8a")
+    assert gpus(2, 0, ["cuda"]) == [("3",), ("GPU-8a",)]
+    assert gpus(2, 0, ["cpu"]) == [(), ()] and places(2, 0, ["cpu"])[0].threads == max(1, (os.cpu_count() or 1) // 2)
+
+
+def test_a_place_that_is_free_again_is_the_next_jobs(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text("import os, sys\nprint(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], flush=True)\n")
+    jobs = [Job(str(i), [[str(script), "a"], [str(script), "b"]], tmp_path / f"{i}.txt") for i in range(5)]
+    order: list[str] = []
+    assert run_all(jobs, [Place(("0",)), Place(("7", "8"))], 0, lambda job: order.append(job.name))
+    said = [(tmp_path / f"{i}.txt").read_text().split() for i in range(5)]
+    assert sorted(order) == list("01234") and all(words[:3:2] == ["a", "b"] and words[1] == words[3] for words in said)
+    assert {words[1] for words in said} == {"0", "7,8"}

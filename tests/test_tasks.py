@@ -275,7 +275,7 @@ def test_runs_of_several_seeds_become_one_line():
     assert [r["stderr"] for r in rope["results"]] == pytest.approx([0.1, 0.0])
     assert [r["stderr"] for r in learned["results"]] == [0.03, None] and learned["n"] == 1
     text = tasks_report.render(found)
-    assert "| copy (a guess: 0.10) | rope | 0.60 ± 0.10 | 0.25 ± 0.00 | 2 |\n|  | learned | 1.00 ± 0.03 | – | 1 |\n" in text
+    assert "| copy (a guess: 0.10) | rope | 0.60 ± 0.10 | 0.25 ± 0.00 | 2 |\n| | learned | 1.00 ± 0.03 | – | 1 |\n" in text
     assert "of a single run over its 9 examples" in text
 
 

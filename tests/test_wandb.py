@@ -24,10 +24,10 @@ from core.distributed import Distributed
 from core.errors import UserError
 from core.files import locked
 from core.sweep.plan import Entry
+from core.sweep.sweep import run_left, share
 from core.trackers import WANDB_ID, start_wandb, wandb_history
 from core.upload import COLUMNS, summary_key, tracked, upload
 from eval_ppl import evaluate_run
-from table1 import share, train_and_evaluate
 from train import train
 
 WORDS = ["--encoding=carope", "--name=r"]
@@ -203,7 +203,8 @@ def test_nothing_is_uploaded_while_the_run_is_trained(offline, monkeypatch):
 def test_the_table_uploads_the_perplexities_of_its_runs(offline):
     cfg = load_config([str(offline / "config.toml"), f"--out_dir={offline.parent}"])
     entry = Entry("tiny", "learned", (), cfg, find_checkpoint(offline)[1])
-    train_and_evaluate(entry, Namespace(lengths=[16, 64], max_tokens=500, nproc=0))
+    args = Namespace(lengths=[16, 64], max_tokens=500, nproc=0, jobs=1, minutes=0, stagger=0)
+    assert run_left([entry], 1, args, lambda: None) == 0
     (table,) = offline.glob("wandb/offline-run-*/files/media/table/perplexity*.json")
     results = json.loads((offline / "eval.json").read_text())
     assert json.loads(table.read_text())["data"] == [list(row.values()) for row in rows(results)]

@@ -20,10 +20,7 @@ from positional import ENCODINGS
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the plan: a size and a variant of it, each a config file, the words that make its config, how far it is.
-
-    A variant may be the name of an encoding, too, and so of one that a plugin brings.
-    """
+    """One run of the plan: a size and a variant of it, the words that make its config, how far it is."""
 
     size: str
     variant: str
@@ -57,14 +54,32 @@ class Entry:
         return f"at step {self.step:,}" if self.step else "missing"
 
 
-def find(base: str | Path, variant: str, overrides: list[str]) -> Entry:
-    """The run of the config file `base` under config/VARIANT.toml, or of the encoding VARIANT where there is no such file.
+def plan(sizes: Sequence[str], encodings: Sequence[str], seeds: Sequence[int], overrides: list[str]) -> list[Entry]:
+    """An entry per size, seed and encoding, the first seed of all encodings first; no `seeds` are the configurations' own.
+
+    Raises UserError for a configuration that cannot be, and for what only the plan decides.
+    """
+    own = ("--name", "--encoding", *(["--seed"] if seeds else []))
+    if bad := next((word for word in overrides if word.partition("=")[0] in own), None):
+        raise UserError(
+            f"{bad}: a run here is called SIZE-ENCODING[-sSEED], and gets its encoding and seed from --encodings and --seeds; "
+            "--out_dir keeps sets of runs apart"
+        )
+    given = [[f"--seed={seed}"] for seed in dict.fromkeys(seeds)] or [[]]
+    return [
+        find(size, encoding, [*overrides, *seed])
+        for size in dict.fromkeys(sizes)
+        for seed in given
+        for encoding in dict.fromkeys(encodings)
+    ]
+
+
+def find(size: str, variant: str, overrides: list[str]) -> Entry:
+    """The run of a size under a variant of it: each a file of config/ by its name or any by its path, or an encoding's name.
 
     Raises UserError for a configuration that cannot be.
     """
-    file = ROOT / f"config/{variant}.toml"
-    plain = variant in ENCODINGS and not file.exists()
-    words = (str(base), f"--encoding={variant}" if plain else str(file), *overrides)
+    words = (config_word(size), config_word(variant), *overrides)
     cfg = load_config(words)
     found, conflict = newest_checkpoint(cfg.folder), None
     try:
@@ -72,7 +87,15 @@ def find(base: str | Path, variant: str, overrides: list[str]) -> Entry:
             check_same(found[1], cfg, {})
     except UserError as error:
         conflict = str(error)
-    return Entry(Path(base).stem, variant, words, cfg, found[1] if found else None, conflict)
+    return Entry(Path(size).stem, Path(variant).stem, words, cfg, found[1] if found else None, conflict)
+
+
+def config_word(name: str) -> str:
+    """What stands for a size or a variant on the command line of train.py."""
+    file = ROOT / f"config/{name}.toml"
+    if name.endswith(".toml"):
+        return name
+    return f"--encoding={name}" if name in ENCODINGS and not file.exists() else str(file)
 
 
 def measured_rate(entry: Entry) -> float | None:

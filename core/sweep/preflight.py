@@ -23,9 +23,9 @@ from core.config import grad_accum
 from core.distributed import Distributed
 from core.errors import EXIT_REQUEUE, UserError
 from core.files import locked, write_json
+from core.host import TO_LEAVE, signals_to
 from core.measure import interleave
 from core.provenance import device_name, environment
-from core.sweep.jobs import signals_to
 from core.sweep.needs import Found, check_files, n_parameters
 from core.sweep.plan import Entry
 from core.sweep.scaling import Machine
@@ -45,7 +45,7 @@ def preflight(entries: Sequence[Entry], report: str | None) -> None:
     """
     cfg, found = entries[0].cfg, Found(problems=[])
     try:
-        with signals_to(leave), Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist:
+        with signals_to(leave, *TO_LEAVE), Distributed.start(cfg.device, cfg.dtype, cfg.dist_timeout) as dist:
             found |= check_all([entry for entry in entries if not entry.finished], dist)
             if dist.is_main and report:
                 write_json(Path(report), environment(dist, 0) | found)
@@ -56,7 +56,7 @@ def preflight(entries: Sequence[Entry], report: str | None) -> None:
         raise UserError(f"not ready: {'; '.join(found['problems'])}")
 
 
-def leave() -> NoReturn:
+def leave(_number: int) -> NoReturn:
     """What a signal does: the files that were made go on the way out."""
     raise SystemExit(EXIT_REQUEUE)
 

@@ -15,6 +15,7 @@ from typing import Any
 from core.config import Config
 from core.errors import UserError
 from core.files import ROOT
+from core.tables import table
 
 H100_FLOPS = 989.4e12  # dense bf16 by the data sheet, as distributed.PEAK_TFLOPS has it
 EVALUATION_SET = 100_000_000  # tokens of shard 0, what final_eval_tokens = 0 means with prepare_fineweb.py's defaults
@@ -325,11 +326,8 @@ def describe(machines: Sequence[Machine]) -> str:
 
 def render(predictions: list[Prediction]) -> str:
     """A Markdown table, a row per number of GPUs."""
-    lines = [
-        "| GPUs | nodes | micro-batch × accumulation | compute | exchange | not hidden | optimizer | step | tokens/s "
-        "| efficiency | memory | hours | cost |",
-        "|" + "---:|" * 13,
-    ]
+    head = ["GPUs", "nodes", "micro-batch × accumulation", "compute", "exchange", "not hidden", "optimizer", "step", "tokens/s"]
+    rows = []
     for p in predictions:
         times = [f"{1e3 * t:.2f}" for t in (p.compute, p.exchange, p.exposed, p.optimizer, p.step)]
         run = [
@@ -339,5 +337,5 @@ def render(predictions: list[Prediction]) -> str:
             f"{p.hours:.2f}",
             f"${p.dollars:,.1f}",
         ]
-        lines.append(f"| {' | '.join([str(p.gpus), str(p.nodes), f'{p.micro_batch} × {p.grad_accum}', *times, *run])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([p.gpus, p.nodes, f"{p.micro_batch} × {p.grad_accum}", *times, *run])
+    return table([*head, "efficiency", "memory", "hours", "cost"], rows)

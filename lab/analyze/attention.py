@@ -22,7 +22,7 @@ from core.attention import Attend
 from core.checkpoint import load_model
 from core.data import TokenStream, to_ids
 from core.distributed import Distributed
-from core.errors import UserError
+from core.errors import at_least
 from core.figures import BASELINE, line, log_ticks, panels, save
 from core.numerics import widest
 from lab.analyze.frequencies import validation
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Measure each run, draw attention.png into `out`; returns what was found."""
-    if args.windows < 1:
-        raise UserError(f"--windows = {args.windows}: must be at least 1")
+    at_least(1, windows=args.windows)
     with Distributed.start(args.device, "float32") as dist:
         found = []
         for path in args.runs:

@@ -19,7 +19,7 @@ import torch
 from core.checkpoint import load_model
 from core.data import TokenStream
 from core.distributed import Distributed, pick_dtype
-from core.errors import UserError
+from core.errors import UserError, at_least
 from core.files import atomic_write
 from eval_ppl import default_batch
 from lab.analyze.freq_figures import draw_summary, draw_text, render_html
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Draw the figures of the one run of `args`; returns what stands in the JSON."""
     if len(args.runs) > 1:
         raise UserError(f"{args.runs[1]}: freq looks at one run at a time; call it once for each")
-    if args.max_tokens < 2:
-        raise UserError(f"--max_tokens = {args.max_tokens}: must be at least 2")
+    at_least(2, max_tokens=args.max_tokens)
     model, state, folder = load_model(args.runs[0])
     check(model, args.runs[0])
     tokenizer, stream = load_tokenizer(state.tokenizer), validation(model, state, args.runs[0], args.data)

@@ -27,6 +27,7 @@ from typing import Any
 from core.console import CommandLine, given_path, this_command
 from core.errors import EXIT_REQUEUE, UserError, command
 from core.files import ROOT, write_json
+from core.host import signals_to
 from lab.bench.gpu_sampler import Sampler
 from lab.bench.gpu_setup import install_wheels, prepare, unpack
 
@@ -78,9 +79,9 @@ def main() -> None:
     """Do the plan; exit code 1 where a stage failed."""
     plan = Plan(parse_args(), time.monotonic())
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        plan.do()
+        with signals_to(lambda number: sys.exit(128 + number), "SIGTERM"):
+            plan.do()
     finally:
         plan.close()
     print(f"\n{plan.seconds():.0f} s; {'all went well' if not plan.failed else 'failed: ' + json.dumps(plan.failed)}")

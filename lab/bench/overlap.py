@@ -30,6 +30,7 @@ from core.host import ranks
 from core.measure import interleave, speedup, spread, synchronize
 from core.optim import make_optimizer
 from core.sweep.scaling import ddp_buckets
+from core.tables import table
 from model import GPT
 
 Interval = tuple[float, float]
@@ -195,18 +196,14 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 def render(no_exchange: dict[str, Any], results: list[dict[str, Any]]) -> str:
     """A Markdown table, a row per bucket size; traced times are those of the rank that waited least in its exchange."""
-    lines = [
-        "| buckets | number | largest | step, ms | p10–p90 | speed ÷ no exchange "
-        "| backward, ms | exchange, ms | hidden | after it, ms |",
-        "|---|" + "---:|" * 9,
-        f"| no exchange | – | – | {no_exchange['ms_median']:.1f} | {no_exchange['ms_p10']:.1f}–{no_exchange['ms_p90']:.1f} "
-        "| – | – | – | – | – |",
-    ]
+    head = ["buckets", "number", "largest", "step, ms", "p10–p90", "speed ÷ no exchange", "backward, ms", "exchange, ms"]
+    spread = f"{no_exchange['ms_p10']:.1f}–{no_exchange['ms_p90']:.1f}"
+    rows = [["no exchange", "–", "–", f"{no_exchange['ms_median']:.1f}", spread, *"–––––"]]
     for r in results:
         rank = min(r["ranks"], key=lambda rank: rank["exchange_ms"])
         sizes = [str(len(r["bucket_bytes"])), f"{max(r['bucket_bytes']) / 1e6:.1f} MB"]
         times = [f"{r['ms_median']:.1f}", f"{r['ms_p10']:.1f}–{r['ms_p90']:.1f}", f"{r['speed_over_no_exchange']:.2f}"]
         traced = [f"{rank['backward_ms']:.1f}", f"{rank['exchange_ms']:.1f}", f"{rank['overlap']:.0%}"]
         traced += [f"{rank['exposed_ms']:.1f}"]
-        lines.append(f"| {' | '.join([r['buckets'], *sizes, *times, *traced])} |")
-    return "\n".join(lines) + "\n"
+        rows.append([r["buckets"], *sizes, *times, *traced])
+    return table([*head, "hidden", "after it, ms"], rows)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from core.files import ROOT, write_blocks
+from core.tables import table
 
 PAGE = ROOT / "docs/performance.md"
 Value = Callable[[dict[str, Any]], str]
@@ -132,27 +133,27 @@ TARGETS: list[tuple[str, str, str, Value]] = [
 ]  # fmt: skip
 
 
+TIMED = ["ms", "p10", "p90", "tokens/s", "of the matmul rate"]
+
+
 def render_targets() -> str:
     """A row per target: what, target, measured, file."""
-    lines = ["| what | target | measured | file |", "|---|---|---:|---|"]
-    for what, target, name, value in TARGETS:
-        lines.append(f"| {what} | {target} | {value(result(name))} | `results/{file_of(name)}` |")
-    return "\n".join(lines) + "\n"
+    rows = [[what, target, value(result(name)), f"`results/{file_of(name)}`"] for what, target, name, value in TARGETS]
+    return table(["what", "target", "measured", "file"], rows)
 
 
-def timing(one: dict[str, Any], name: str | None, digits: int) -> str:
+def timing(one: dict[str, Any], name: str | None, digits: int) -> list[str]:
     """The cells of a candidate of this name, or of a peer: milliseconds with `digits` decimals, tokens/s, share of matmul."""
     share = f"{one['mfu_measured']:.1%}" if "mfu_measured" in one else "–"
-    spread = " | ".join(f"{one[key]:,.{digits}f}" for key in ("ms_median", "ms_p10", "ms_p90"))
-    return f"| {name or one['peer']} | {spread} | {one['tokens_per_second']:,.0f} | {share}"
+    spread = [f"{one[key]:,.{digits}f}" for key in ("ms_median", "ms_p10", "ms_p90")]
+    return [name or one["peer"], *spread, f"{one['tokens_per_second']:,.0f}", share]
 
 
 def render_training() -> str:
     """A row per encoding and peer of results/bench-train-cpu.json."""
     found = result("train-cpu")
-    lines = ["| | ms | p10 | p90 | tokens/s | of the matmul rate |", "|---|---:|---:|---:|---:|---:|"]
-    lines += [f"{timing(one, one.get('encoding'), 0)} |" for one in [*found["results"], *found["peers"]]]
-    return "\n".join(lines) + f"\n\n{source(found)}\n"
+    rows = [timing(one, one.get("encoding"), 0) for one in [*found["results"], *found["peers"]]]
+    return f"{table(['', *TIMED], rows)}\n{source(found)}\n"
 
 
 def render_gpu() -> str:
@@ -161,10 +162,9 @@ def render_gpu() -> str:
     for name in ("gpu-bench-h100", "gpu-bench"):
         found = result(name)
         every = [*found["results"], *found["peers"]]
-        lines = [f"{timing(one, one.get('candidate'), 1)} | {one['peak_memory_bytes'] / 1e9:.1f} |" for one in every]
-        head = f"| {found['device']} | ms | p10 | p90 | tokens/s | of the matmul rate | GB |\n|---|{'---:|' * 6}"
-        parts.append("\n".join([head, *lines, "", source(found)]))
-    return "\n\n".join(parts) + "\n"
+        rows = [[*timing(one, one.get("candidate"), 1), f"{one['peak_memory_bytes'] / 1e9:.1f}"] for one in every]
+        parts.append(f"{table([found['device'], *TIMED, 'GB'], rows)}\n{source(found)}\n")
+    return "\n".join(parts)
 
 
 def estimated(name: str) -> dict[str, dict[str, Any]]:
@@ -175,28 +175,31 @@ def estimated(name: str) -> dict[str, dict[str, Any]]:
 def render_codegen() -> str:
     """A row per size and encoding, before and after, and per option; then a row per part of GPT-Small with RoPE."""
 
-    def row(name: str, one: dict[str, Any], rope: dict[str, Any], old: dict[str, Any] | None) -> str:
+    def row(name: str, one: dict[str, Any], rope: dict[str, Any], old: dict[str, Any] | None) -> list[str]:
         was = {key: f"{old[key]:,.{digits}f} → " if old else "" for key, digits in forms.items()}
         cells = [f"{was[key]}{one[key]:,.{digits}f}" for key, digits in forms.items()]
-        return f"| {name} | {' | '.join(cells)} | {rope['ms'] / one['ms']:.3f} |"
+        return [name, *cells, f"{rope['ms'] / one['ms']:.3f}"]
 
     forms = {"launches": 0, "gb": 1, "ms": 1, "tokens_per_second": 0}
-    lines = ["| micro-step | launches | GB | ms | tokens/s | ÷ RoPE |", "|---|---:|---:|---:|---:|---:|"]
+    steps = []
     for size in ("small", "tiny"):
         before, after = estimated(f"{size}-before"), estimated(size)
         rows = {f"GPT-{size.capitalize()}, {name}": (one, before[name]) for name, one in after.items()}
-        lines += [row(name, one, after["rope"], old) for name, (one, old) in rows.items()]
+        steps += [row(name, one, after["rope"], old) for name, (one, old) in rows.items()]
     rope = estimated("small")["rope"]
     for file, option in (("small-triton", "--kernel=triton"), ("small-bf16", "--residual=bfloat16")):
-        lines += [row(f"GPT-Small, {name}, `{option}`", one, rope, None) for name, one in estimated(file).items()]
-    lines += ["", "| GPT-Small, rope: part | launches | GB | ms |", "|---|---:|---:|---:|"]
+        steps += [row(f"GPT-Small, {name}, `{option}`", one, rope, None) for name, one in estimated(file).items()]
     before, after = (estimated(name)["rope"]["parts"] for name in ("small-before", "small"))
-    for part, old in before.items():
-        cells = (f"{old[key]:.{digits}f} → {after[part][key]:.{digits}f}" for key, digits in list(forms.items())[:3])
-        lines.append(f"| {part} | {' | '.join(cells)} |")
+    kept = list(forms.items())[:3]
+    parts = [
+        [part, *(f"{old[key]:.{digits}f} → {after[part][key]:.{digits}f}" for key, digits in kept)]
+        for part, old in before.items()
+    ]
+    of_steps = table(["micro-step", "launches", "GB", "ms", "tokens/s", "÷ RoPE"], steps)
+    of_parts = table(["GPT-Small, rope: part", "launches", "GB", "ms"], parts)
     found = [json.loads((ROOT / f"results/codegen-{name}.json").read_text()) for name in ("small-before", "small")]
     commits = " → ".join(one["git"][:7] for one in found)
-    return "\n".join(lines) + f"\n\n`{found[1]['command']}`, torch {found[1]['torch']}, commits {commits}.\n"
+    return f"{of_steps}\n{of_parts}\n`{found[1]['command']}`, torch {found[1]['torch']}, commits {commits}.\n"
 
 
 def source(found: dict[str, Any]) -> str:

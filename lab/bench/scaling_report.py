@@ -9,6 +9,7 @@ from typing import Any
 from core.config import Config, load_config
 from core.files import ROOT, write_blocks
 from core.sweep.scaling import MEASURED, Machine, describe, hours_from, machine_for, memory, predict, render
+from core.tables import table
 from lab.bench import overlap
 
 PAGE = ROOT / "docs/scaling.md"
@@ -33,25 +34,26 @@ def render_steps() -> str:
 
 def render_table1() -> str:
     """Hours and cost of the paper's eight runs on 1, 2 and 8 GPUs."""
-    lines = ["| GPUs | a run of GPT-Tiny | a run of GPT-Small | all eight runs | GPU-hours | cost |", "|" + "---:|" * 6]
+    rows = []
     for gpus in (1, 2, 8):
         hours = {size: [hours_from(config(size, e), 0, gpus) or 0.0 for e in ENCODINGS] for size in ("tiny", "small")}
         total = sum(map(sum, hours.values()))
         cells = [f"{hours[size][0]:.2f} h" for size in hours] + [f"{total:.1f} h", f"{gpus * total:.1f}"]
-        lines.append(f"| {gpus} | {' | '.join(cells)} | ${gpus * total * Machine.dollars:,.0f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([gpus, *cells, f"${gpus * total * Machine.dollars:,.0f}"])
+    return table(["GPUs", "a run of GPT-Tiny", "a run of GPT-Small", "all eight runs", "GPU-hours", "cost"], rows)
 
 
 def render_memory() -> str:
     """A row per candidate that was measured on a GPU: the model's bytes beside the allocator's."""
     report = json.loads(MEASURED.read_text())
-    lines = ["| on one GPU | predicted | measured | predicted ÷ measured |", "|---|---:|---:|---:|"]
+    rows = []
     for row in report["stages"]["speed"]["results"]:
         cfg = Config(**row["config"])
         predicted, found = memory(cfg, 1, cfg.micro_batch, 2), row["peak_memory_bytes"]
         name = f"{row['candidate']}: {cfg.n_layer} layers of {cfg.n_embd}, {cfg.micro_batch} × {cfg.block_size}"
-        lines.append(f"| {name} | {predicted / 1e9:.1f} GB | {found / 1e9:.1f} GB | {predicted / found:.2f} |")
-    return "\n".join(lines) + f"\n\nMeasured by torch's allocator at commit {report['git'][:7]}, {report['device']}.\n"
+        rows.append([name, f"{predicted / 1e9:.1f} GB", f"{found / 1e9:.1f} GB", f"{predicted / found:.2f}"])
+    text = table(["on one GPU", "predicted", "measured", "predicted ÷ measured"], rows)
+    return f"{text}\nMeasured by torch's allocator at commit {report['git'][:7]}, {report['device']}.\n"
 
 
 def render_overlap(report: dict[str, Any]) -> str:

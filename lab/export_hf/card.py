@@ -6,6 +6,7 @@ from core.checkpoint import MODEL, State
 from core.errors import printable
 from core.provenance import git_version
 from core.results import Result, read_results
+from core.tables import table
 from model import GPT
 
 SHOWN = ("encoding", "n_layer", "n_head", "n_embd", "block_size", "tokens_per_step", "steps", "lr", "seed")
@@ -17,7 +18,13 @@ def card(model: GPT, state: State, evaluations: list[Result], custom: bool, n_vo
     code = ", trust_remote_code=True" if custom else ""
     longest = f"It has positions for {model.max_len} tokens. " if model.max_len else ""
     n_params = model.n_params()["total"] - (cfg.vocab_size - n_vocab) * cfg.n_embd
-    rows = "\n".join(f"| {key} | {getattr(cfg, key)} |" for key in SHOWN)
+    about = [
+        *((key, getattr(cfg, key)) for key in SHOWN),
+        ("tokens seen", f"{state.tokens:,}"),
+        ("training data", f"`{printable(Path(cfg.data).name)}`, {state.train_tokens:,} tokens, tokenizer {state.tokenizer}"),
+        ("commit of the training", state.git or "unknown"),
+        ("commit of the export", git_version() or "unknown"),
+    ]
     return f"""---
 license: mit
 library_name: transformers
@@ -40,14 +47,7 @@ vocabulary are left out: {n_vocab} tokens remain, all of the tokenizer's.
 
 ## Training
 
-| | |
-|---|---|
-{rows}
-| tokens seen | {state.tokens:,} |
-| training data | `{printable(Path(cfg.data).name)}`, {state.train_tokens:,} tokens, tokenizer {state.tokenizer} |
-| commit of the training | {state.git or "unknown"} |
-| commit of the export | {git_version() or "unknown"} |
-
+{table(["", ""], about)}
 ## Perplexity
 
 {perplexities(state, evaluations)}
@@ -60,9 +60,9 @@ MIT for weights and code; what the training data asks for holds beside it.
 
 def perplexities(state: State, evaluations: list[Result]) -> str:
     """A table of the evaluations; without any, the last validation."""
-    rows = [f"| {one['length']} | {one['perplexity']:.2f} | {one['tokens']:,} |" for one in evaluations]
+    rows = [[one["length"], f"{one['perplexity']:.2f}", f"{one['tokens']:,}"] for one in evaluations]
     if rows:
-        return "\n".join(["| length | perplexity | tokens |", "|---:|---:|---:|", *rows])
+        return table(["length", "perplexity", "tokens"], rows).rstrip()
     if state.val_loss is None:
         return "Not evaluated."
     return f"Validation loss during training: {state.val_loss:.4f} nats per token (step {state.val_step})."

@@ -17,7 +17,7 @@ from pathlib import Path
 from core.config import load_config
 from core.console import CommandLine, given_path, new_file, this_command
 from core.distributed import Distributed
-from core.errors import UserError, command
+from core.errors import UserError, at_least, command
 from core.files import ROOT, atomic_write
 from core.provenance import git_version
 from lab.report.data import RunRecord, find_runs, read_runs
@@ -37,8 +37,7 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", action="append", help="text to go on from; may be repeated [default: the start of a document]")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="of the samples [default: auto]")
     args = parser.parse_args()
-    if args.samples < 0:
-        raise UserError(f"--samples = {args.samples}: must be at least 0, which leaves them out")
+    at_least(0, samples=args.samples)
     return args
 
 
