@@ -25,7 +25,7 @@ from core.sweep.jobs import start
 from core.sweep.plan import Entry, plan, refuse_conflicts, refuse_other_code, show_plan
 from core.sweep.preflight import preflight
 from core.sweep.report import Record, differences, draw, lengths_of, summarize
-from core.sweep.sweep import add_options, check_options, results_of, run_left
+from core.sweep.sweep import Found, add_options, check_options, run_left
 from core.tables import plus_minus, table
 
 # Perplexity on 0.1B held-out tokens of FineWeb-Edu, Table 1 of arXiv 2507.23083
@@ -73,10 +73,9 @@ def try_out(entries: list[Entry], args: argparse.Namespace, overrides: list[str]
     return 0
 
 
-def records(entry: Entry, args: argparse.Namespace) -> list[Record]:
+def records(entry: Entry, results: Sequence[Result]) -> list[Record]:
     """A record of the finished run for each length, beside the paper's perplexity, where it has one."""
     about = {"size": entry.size, "variant": entry.variant, "seed": entry.cfg.seed}
-    results = results_of(entry, args) if entry.finished_now() else []
     return [{**about, **r, "paper": PAPER.get((entry.size, r["length"]), {}).get(entry.variant)} for r in results]
 
 
@@ -125,19 +124,19 @@ def main() -> int:
     out = Path(args.out or entries[0].cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    def report() -> list[Record]:
-        found = [record for entry in entries for record in records(entry, args)]
+    def report(results: Found) -> list[Record]:
+        found = [record for entry in entries for record in records(entry, results.get(entry, []))]
         write_json(out / "table1.json", found)
         return found
 
-    left = run_left(entries, len(entries), args, report)
-    if found := report():
+    results = run_left(entries, len(entries), args, report)
+    if found := report(results):
         with atomic_write(out / "table1.md", "w") as file:
             file.write(render(found))
         summaries = {f"GPT-{size}": summary for size, summary in by_size(found).items()}
         draw(summaries, {entry.cfg.block_size for entry in entries}, out / "table1.png")
         print(f"\n{render(found)}\n{out}/table1.md, table1.json, table1.png")
-    if left:
+    if left := len(entries) - len(results):
         print(f"time is up with {left} of {len(entries)} runs left; the same command goes on")
     return EXIT_REQUEUE if left else 0
 

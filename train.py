@@ -17,12 +17,12 @@ from core.config import Config, load_config
 from core.data import Batches, TokenStream, to_batch
 from core.distributed import Distributed, check_residual, pick_device
 from core.errors import command
+from core.evaluate import evaluate
 from core.fsdp import uncompiled
 from core.guard import Guard
 from core.kernels.support import check_kernel
 from core.optim import clip_, forward_backward, make_optimizer, set_lr
 from core.run import Leaving, Run
-from eval_ppl import evaluate
 from model import GPT
 
 

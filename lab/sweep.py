@@ -24,7 +24,7 @@ from core.errors import EXIT_REQUEUE, at_least, command
 from core.files import atomic_write, write_json
 from core.fingerprint import source_of
 from core.sweep.plan import Entry, plan, refuse_conflicts, refuse_other_code, show_plan
-from core.sweep.sweep import LOSSES, add_options, check_options, results_of, run_left
+from core.sweep.sweep import LOSSES, Found, add_options, check_options, run_left
 from lab.sweep_report import collect, draw_families, read_report, refuse_other, render
 from positional import ENCODINGS
 
@@ -53,20 +53,19 @@ def answered(entry: Entry, lengths: list[int], known: dict[str, Any]) -> bool:
     return set(lengths) <= {r["length"] for r in mine if r.get("source", now) == now}
 
 
-def report(entries: list[Entry], args: argparse.Namespace, out: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Write JSON, Markdown, figure and losses of documents: the earlier report `known`, and what is finished now.
+def report(baseline: Entry, results: Found, args: argparse.Namespace, out: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Write JSON, Markdown, figure and losses of documents: the earlier report `known`, and the `results` since.
 
     Returns what went into the JSON.
     """
-    finished = {entry: results_of(entry, args) for entry in entries if entry.finished_now()}
-    found = collect(entries[0].cfg, entries[0].variant, finished, known)
+    found = collect(baseline.cfg, baseline.variant, results, known)
     write_json(out, found)
     with atomic_write(out.with_suffix(".md"), "w") as file:
         file.write(render(found))
     if found["summary"]:
         draw_families(found, out.with_suffix(".png"))
     if args.documents:
-        keep_losses([entry.cfg.folder / LOSSES for entry in finished], out.with_suffix(".npz"))
+        keep_losses([entry.cfg.folder / LOSSES for entry in results], out.with_suffix(".npz"))
     return found
 
 
@@ -97,9 +96,13 @@ def main() -> int:
     refuse_other_code(left, entries, known.get("runs", []))
     if len(left) < len(entries):
         remark(f"{out} has {len(entries) - len(left)} of the {len(entries)} runs already", stdout=True)
-    undone = run_left(left, len(entries), args, lambda: report(entries, args, out, known))
-    print(f"\n{render(report(entries, args, out, known))}\n{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}")
-    if undone:
+
+    def write(results: Found) -> dict[str, Any]:
+        return report(entries[0], results, args, out, known)
+
+    results = run_left(left, len(entries), args, write)
+    print(f"\n{render(write(results))}\n{out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}")
+    if undone := len(left) - len(results):
         print(f"time is up with {undone} of {len(entries)} runs left; the same command goes on")
     return EXIT_REQUEUE if undone else 0
 

@@ -16,9 +16,10 @@ from core.data import TokenStream
 from core.distributed import Distributed
 from core.documents import Losses, LossSums, find_documents, load, merge
 from core.errors import UserError
+from core.evaluate import evaluate
 from core.files import sha256_file, write_json
 from core.windows import Profile
-from eval_ppl import evaluate, evaluate_run
+from eval_ppl import evaluate_run
 from text.shards import MANIFEST, write_shard
 from text.tokenizer import load_tokenizer
 

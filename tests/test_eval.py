@@ -14,8 +14,9 @@ from core.checkpoint import load_model
 from core.config import load_config
 from core.data import TokenStream
 from core.distributed import Distributed
+from core.evaluate import Evaluation, evaluate
 from core.windows import Profile, Windows, bins, losses
-from eval_ppl import Evaluation, evaluate, evaluate_run, render
+from eval_ppl import evaluate_run, render
 from model import GPT
 
 CPU = Distributed(torch.device("cpu"), torch.float32)

@@ -37,10 +37,6 @@ class Entry:
     def finished(self) -> bool:
         return bool(self.state and self.state.finished and not self.conflict)
 
-    def finished_now(self) -> bool:
-        """Whether it is finished by now, however far it was when the plan was made."""
-        return self.finished or bool((found := newest_checkpoint(self.cfg.folder)) and found[1].finished)
-
     @property
     def tokens_left(self) -> int:
         return (self.cfg.steps - self.step) * self.cfg.tokens_per_step
@@ -81,13 +77,19 @@ def find(size: str, variant: str, overrides: list[str]) -> Entry:
     """
     words = (config_word(size), config_word(variant), *overrides)
     cfg = load_config(words)
-    found, conflict = newest_checkpoint(cfg.folder), None
+    state, conflict = read_newest(cfg.folder), None
     try:
-        if found:
-            check_same(found[1], cfg, {})
+        if state:
+            check_same(state, cfg, {})
     except UserError as error:
         conflict = str(error)
-    return Entry(Path(size).stem, Path(variant).stem, words, cfg, found[1] if found else None, conflict)
+    return Entry(Path(size).stem, Path(variant).stem, words, cfg, state, conflict)
+
+
+def read_newest(run: Path) -> State | None:
+    """The state of the run's newest valid checkpoint, of which every byte is read to see that."""
+    found = newest_checkpoint(run)
+    return found[1] if found else None
 
 
 def config_word(name: str) -> str:
@@ -186,10 +188,9 @@ def refuse_other_code(left: Sequence[Entry], entries: Sequence[Entry], records: 
 
 def questions(entry: Entry, lengths: Sequence[int], max_tokens: int, min_document_tokens: int | None = None) -> list[Question]:
     """What is to be known of a finished run, by length: how well its last weights predict its own evaluation set."""
-    found = newest_checkpoint(entry.cfg.folder)
-    assert found is not None, f"{entry.cfg.folder} has no checkpoint"
-    device = entry.cfg.device
-    return [Question.standard(found[1], length, device, max_tokens, min_document_tokens) for length in lengths]
+    state = entry.state if entry.finished else read_newest(entry.cfg.folder)
+    assert state is not None, f"{entry.cfg.folder} has no checkpoint"
+    return [Question.standard(state, length, entry.cfg.device, max_tokens, min_document_tokens) for length in lengths]
 
 
 def check_data(entry: Entry, question: Question) -> None:

@@ -77,13 +77,17 @@ def results_of(entry: Entry, args: argparse.Namespace) -> list[Result]:
     return [answer for question in asked(entry, args) if (answer := question.answer(found))]
 
 
-def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report: Callable[[], object]) -> int:
-    """Do what is left of the runs in `left`, of `n_all` in all, and call `report` after each; returns how many remain undone.
+Found = dict[Entry, list[Result]]
+
+
+def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report: Callable[[Found], object]) -> Found:
+    """Do what is left of the runs in `left`, of `n_all` in all, and call `report` after each; returns what is known of them.
 
     One at a time, a run has the terminal; of several, each writes what it says to NAME.txt beside its folder. Raises
     SystemExit(75) after a signal, UserError where runs fail, when all others are done.
     """
     work = {entry.cfg.name: (entry, scripts) for entry in left if (scripts := scripts_left(entry, args))}
+    found = {entry: results_of(entry, args) for entry in left if entry.cfg.name not in work}
     alone, count = args.jobs == 1, n_all - len(work)
 
     def job(entry: Entry, scripts: list[list[str]]) -> Job:
@@ -104,7 +108,8 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
             raise UserError(f"{entry.cfg.folder / 'eval.json'}: has no result of the run's last weights; start again")
         if entry.cfg.wandb != "disabled":
             share(entry.cfg.folder, results)
-        report()
+        found[entry] = results
+        report(found)
         cells = ", ".join(f"{r['perplexity']:.2f} at length {r['length']}" for r in results if r["perplexity"])
         tokens = max(r["tokens"] or 0 for r in results)
         took = f"; {time.monotonic() - job.began:.0f} s" if not alone else ""
@@ -113,7 +118,7 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
     jobs = [job(entry, scripts) for entry, scripts in work.values()]
     where = places(args.jobs, args.nproc, [entry.cfg.device for entry, _ in work.values()])
     run_all(jobs, where, 60 * args.minutes, done, began, args.stagger)
-    return n_all - count
+    return found
 
 
 def share(folder: Path, results: list[Result]) -> None:

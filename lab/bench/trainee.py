@@ -22,13 +22,13 @@ from core.config import Config
 from core.console import QUIET
 from core.data import Batches, TokenStream
 from core.distributed import Distributed
+from core.evaluate import evaluate
 from core.guard import Guard
 from core.measure import matmul, release, synchronize, turn
 from core.optim import make_optimizer
 from core.plugins import load, plugin_paths
 from core.run import Run
 from core.sweep.trial import take_step
-from eval_ppl import evaluate
 from lab.bench.turns import Candidate, own_stdout, serve
 from model import GPT
 
