@@ -246,4 +246,4 @@ def test_the_steps_of_new_encoding_into_the_repository(corpus, tmp_path):
     assert all(f"| `{name}` | " in page and f"`{name}`" in readme for name in ("halves", "log_rope", "square_root", "budget"))
     tests = ["tests/test_positional.py", "tests/test_config.py"]
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "halves or log_rope or square_root or budget", *tests)
-    assert said.count(".") > 30, said
+    assert said.count(".") > 20, said
