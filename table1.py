@@ -100,7 +100,7 @@ def render(results: Sequence[Result]) -> str:
                 rows.append([length, "paper", *(plus_minus(paper.get(variant), None, ".2f") for variant in variants)])
         parts.append(table([f"{size}, length", "", *variants], rows))
         n_seeds |= {r["n"] for r in summary}
-        if max(r["n"] for r in summary) > 1:
+        if max(r["n"] for r in summary) > 1 and len(variants) > 1:
             parts.append(differences(summary, variants[0]))
     tokens, most = max((r["tokens"] or 0 for r in results), default=0), max(n_seeds)
     what = "one run each" if most == 1 else f"mean ± standard error over up to {most} seeds"
@@ -127,14 +127,15 @@ def main() -> int:
     def report(results: Found) -> list[Record]:
         found = [record for entry in entries for record in records(entry, results.get(entry, []))]
         write_json(out / "table1.json", found)
+        if found:
+            with atomic_write(out / "table1.md", "w") as file:
+                file.write(render(found))
+            summaries = {f"GPT-{size}": summary for size, summary in by_size(found).items()}
+            draw(summaries, {entry.cfg.block_size for entry in entries}, out / "table1.png")
         return found
 
     results = run_left(entries, len(entries), args, report)
     if found := report(results):
-        with atomic_write(out / "table1.md", "w") as file:
-            file.write(render(found))
-        summaries = {f"GPT-{size}": summary for size, summary in by_size(found).items()}
-        draw(summaries, {entry.cfg.block_size for entry in entries}, out / "table1.png")
         print(f"\n{render(found)}\n{out}/table1.md, table1.json, table1.png")
     if left := len(entries) - len(results):
         print(f"time is up with {left} of {len(entries)} runs left; the same command goes on")

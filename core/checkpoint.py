@@ -7,6 +7,7 @@ state.json holds the sha256 of each file, of itself too, checked on every load.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -381,7 +382,7 @@ def config_of(path: Path, state: State) -> Config:
     if state.plugin and state.config.get("encoding") not in ENCODINGS:
         file, sha256 = state.plugin.get("path"), str(state.plugin.get("sha256"))[:12]
         what = f"encoding = {state.config.get('encoding')!r} is of the plugin {file} (sha256 {sha256}…)"
-        raise UserError(f"{path}: its {what}; --plugin {file} loads it")
+        raise UserError(f"{path}: its {what}; --plugin {shlex.quote(str(file))} loads it")
     try:
         return Config(**state.config)
     except (pydantic.ValidationError, TypeError) as error:

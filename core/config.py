@@ -177,6 +177,9 @@ class Config(BaseModel):
         return 6 * per_token + 12 * self.n_layer * self.n_embd * self.block_size
 
 
+TAKEN = {"files", "help", "plugin", "print_config", "quiet"}  # by the command line itself
+
+
 def options() -> dict[str, Option]:
     """The options of all encodings, by name.
 
@@ -185,7 +188,7 @@ def options() -> dict[str, Option]:
     found: dict[str, Option] = {}
     for encoding, cls in ENCODINGS.items():
         for option in cls.options:
-            if option.name in Config.model_fields or found.setdefault(option.name, option) != option:
+            if option.name in TAKEN or option.name in Config.model_fields or found.setdefault(option.name, option) != option:
                 raise UserError(f"{option.name}: of encoding {encoding!r}, is the name of another option; call it otherwise")
     return found
 
@@ -337,7 +340,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     for option in options().values():
         of = next(name for name, cls in ENCODINGS.items() if option in cls.options)
         kind = "|".join(option.choices) or type(option.default).__name__
-        _add(group, option.name, kind, f"{of}: {option.help}", option.default)
+        _add(group, option.name, kind, f"{of}: {option.help}".replace("%", "%%"), option.default)
     return parser
 
 

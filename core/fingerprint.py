@@ -9,14 +9,16 @@ import hashlib
 import inspect
 import math
 import sys
+import sysconfig
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 from core.config import Config
+from core.files import ROOT
 from core.plugins import plugin_of
 from model import GPT
 from positional import ENCODINGS
@@ -26,44 +28,73 @@ KIND = "syntax:"  # starts these hashes; earlier ones were of whole files and ca
 
 @functools.cache
 def source_of(encoding: str) -> str | None:
-    """sha256 of what computes an encoding, as syntax: its class and every class, function and constant that it is made of.
+    """sha256 of what computes an encoding, as syntax: its class, and every class, function and value that it is made of.
 
-    It follows names defined in positional/ or beside the class, but not in positional.base, which only calls attention.
-    Comments, docstrings, annotations, messages, the name and options it is registered with and the place of a definition do not
-    count: the hash is the same on every machine and changes only with what is computed. None where there is no file.
+    It follows names to what is defined in positional/ or beside the class, but not in positional.base, which only calls
+    attention; a module of the user's that is imported counts as a whole. Comments, docstrings, annotations, messages, the name
+    and options of an encoding and the place of a definition do not count: the hash is the same on every machine and changes
+    only with what is computed. None where there is no file.
     """
     first = ENCODINGS[encoding]
-    waiting: list[tuple[str, Any]] = [(first.__name__, first)]
+    waiting: list[tuple[str, Any, ModuleType]] = [(first.__name__, first, sys.modules[first.__module__])]
     parts: dict[tuple[str, str], str] = {}
     while waiting:
-        name, thing = waiting.pop()
-        defines = inspect.isclass(thing) or inspect.isfunction(thing)
-        key = (name, thing.__module__ if defines else "")
-        if key in parts:
+        name, value, module = waiting.pop()
+        if is_plain(value):
+            parts[name, ""] = repr(value)
             continue
-        if not defines:
-            parts[key] = repr(thing)
+        value = inspect.unwrap(value) if callable(value) else value  # of functools.cache
+        defined = inspect.isclass(value) or inspect.isfunction(value)
+        module = value if isinstance(value, ModuleType) else sys.modules[value.__module__] if defined else module
+        if (name, module.__name__) in parts or not (is_of_encodings(module, first.__module__) or is_users(module)):
             continue
         try:
-            tree = Computed().visit(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+            if not is_of_encodings(module, first.__module__):
+                tree = ast.parse(inspect.getsource(module))
+            elif defined:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(value)))
+            else:
+                nodes = ast.parse(inspect.getsource(module)).body
+                tree = ast.Module([node for node in nodes if name in assigned_by(node)], [])
         except (OSError, TypeError):  # a class typed into a notebook
             return None
-        parts[key] = syntax(tree)
-        around = vars(sys.modules[thing.__module__])
-        found = {node.id: around[node.id] for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in around}
-        found |= (
-            {base.__name__: base for base in thing.__bases__} if inspect.isclass(thing) else {}
-        )  # said as module.Class, too
-        waiting += [item for item in found.items() if is_of_encodings(item[1], first.__module__)]
+        parts[name, module.__name__] = syntax(Computed().visit(tree))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & vars(module).keys()
+        waiting += [(name, vars(module)[name], module) for name in names]
+        if inspect.isclass(value):  # whose base may be said as module.Class
+            waiting += [(base.__name__, base, module) for base in value.__bases__]
+            waiting += [(f"{name} of {value.__name__}", one, module) for name, one in enclosed(value).items() if is_plain(one)]
     return KIND + hashlib.sha256(repr(sorted((name, text) for (name, _), text in parts.items())).encode()).hexdigest()
 
 
-def is_of_encodings(value: Any, beside: str) -> bool:
-    """Whether the value of a name says how an encoding of the module `beside` computes."""
-    if inspect.isclass(value) or inspect.isfunction(value):
-        module = value.__module__
-        return module == beside or (module.startswith("positional.") and module != "positional.base")
-    return isinstance(value, int | float | str | tuple)
+def is_of_encodings(module: ModuleType, beside: str) -> bool:
+    """Whether what the module defines says how an encoding computes that is defined in the module `beside`."""
+    name = module.__name__
+    return name == beside or (name.startswith("positional.") and name != "positional.base")
+
+
+def is_users(module: ModuleType) -> bool:
+    """Whether a module's file is neither of this repository nor of what is installed."""
+    installed = (ROOT, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+    path = Path(getattr(module, "__file__", None) or "/").resolve()
+    return path.suffix == ".py" and not any(path.is_relative_to(place) for place in installed)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether the value of a name says all in its repr, which is then the same in every process."""
+    return all(map(is_plain, value)) if type(value) is tuple else isinstance(value, int | float | str)
+
+
+def assigned_by(node: ast.AST) -> set[str]:
+    """The names that a statement gives a value."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+
+
+def enclosed(cls: type) -> dict[str, Any]:
+    """What the methods of a class take from the function that it was made in."""
+    methods = [value for value in vars(cls).values() if inspect.isfunction(value)]
+    return {name: value for method in methods for name, value in inspect.getclosurevars(method).nonlocals.items()}
 
 
 PROBE_LENGTH = 512  # tokens; a shorter block_size is taken whole

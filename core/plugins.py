@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from core.errors import UserError
+from core.files import sha256_file
 from positional import ENCODINGS
 
 
@@ -39,6 +40,8 @@ def load(file: str) -> None:
     """
     path = Path(file).resolve()
     name = "plugin_" + re.sub(r"\W", "_", path.stem)
+    if str(path.parent) not in sys.path:  # for what the file imports from beside it; last, so that it hides nothing
+        sys.path.append(str(path.parent))
     if name in _LOADED:
         if _LOADED[name].path != path:
             raise UserError(f"--plugin {file}: {_LOADED[name].path} has the same name; rename one of the two")
@@ -86,5 +89,8 @@ def plugin_paths() -> list[str]:
 
 
 def plugin_words() -> list[str]:
-    """The words that load in another script what is loaded here."""
+    """The words that load in another script what is loaded here. Raises UserError where a file is not what it was then."""
+    for plugin in _LOADED.values():
+        if not plugin.path.is_file() or sha256_file(plugin.path) != plugin.sha256:
+            raise UserError(f"--plugin {plugin.path}: has changed since this command began; start it again")
     return [word for path in plugin_paths() for word in ("--plugin", path)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import (
     CheckpointWriter,
     State,
@@ -26,6 +27,7 @@ from core.checkpoint import (
     load_optimizer,
     load_weights,
     newest_checkpoint,
+    peek,
     set_aside_newer,
 )
 from core.config import FREE_ON_RESUME, Config, to_toml
@@ -104,6 +106,8 @@ class Run:
             raise UserError(
                 f"{self.folder}: has checkpoints, and none of them is whole; restore one, or move the folder away to begin anew"
             )
+        if not found and (other := begun_elsewhere(self.cfg)):
+            remark(f"{other}: has a run of the same configuration; --name={other.name} goes on with that instead")
         return found
 
     @property
@@ -276,6 +280,17 @@ class Run:
         except (FileNotFoundError, ValueError, RecursionError):
             return []
         return starts if isinstance(starts, list) else []
+
+
+def begun_elsewhere(cfg: Config) -> Path | None:
+    """A folder beside the run's with a run that computes the same, as under an earlier version's name; None where none is."""
+    for path in sorted(Path(cfg.out_dir).glob(f"*/{CHECKPOINTS}")):
+        state = next(map(peek, reversed(list_checkpoints(path.parent))), None)
+        with suppress(UserError):
+            if state:
+                check_same(state, cfg, {})
+                return path.parent
+    return None
 
 
 def read_log(text: bytes) -> list[dict[str, Any]]:

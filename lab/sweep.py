@@ -20,7 +20,7 @@ from typing import Any
 
 from core.console import CommandLine, given_path, new_file, quiet, remark
 from core.documents import load, merge
-from core.errors import EXIT_REQUEUE, at_least, command
+from core.errors import EXIT_REQUEUE, UserError, at_least, command
 from core.files import atomic_write, write_json
 from core.fingerprint import source_of
 from core.sweep.plan import Entry, plan, refuse_conflicts, refuse_other_code, show_plan
@@ -43,6 +43,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     args.encodings = args.encodings or sorted(ENCODINGS, key=lambda name: name != "rope")  # by now with those of plugins
     check_options(args)
     at_least(0, documents=args.documents)
+    if args.json and Path(args.json).suffix in (".md", ".png", ".npz"):
+        raise UserError(f"--json {args.json}: is the name of what goes beside it; give a file that ends in .json")
     return args, [word for word in rest if word != "--"]
 
 

@@ -41,7 +41,12 @@ def collect(cfg: Config, baseline: str, finished: dict[Entry, list[dict[str, Any
     runs = {(r["encoding"], r["seed"], r["length"]): r for r in known.get("runs", [])}
     for entry, results in finished.items():
         for result in results:
-            about = {"encoding": entry.variant, "seed": entry.cfg.seed, "options": entry.cfg.own_options}
+            about = {
+                "encoding": entry.variant,
+                "of": entry.cfg.encoding,
+                "seed": entry.cfg.seed,
+                "options": entry.cfg.own_options,
+            }
             mine = about | {key: result[key] for key in KEPT if key in result}
             runs[entry.variant, entry.cfg.seed, result["length"]] = mine
     return {
@@ -112,7 +117,8 @@ def machine(entries: Sequence[Entry]) -> list[str]:
 def render(found: dict[str, Any]) -> str:
     """Two tables, a row per encoding, a column per length: perplexity, and the difference to the baseline."""
     summary, before = found["summary"], outdated(found["runs"])
-    parts = [perplexities(summary, before), differences(summary, found["baseline"], before)]
+    parts = [perplexities(summary, before)]
+    parts += [differences(summary, found["baseline"], before)] if len({r["encoding"] for r in summary}) > 1 else []
     tokens = max((r["tokens"] or 0 for r in found["runs"]), default=0)
     parts.append(
         f"Mean ± standard error over n seeds; {found['train_tokens']:,} training tokens at length "
@@ -129,30 +135,31 @@ def draw_families(found: dict[str, Any], path: Path) -> None:
     families: dict[str, list[dict[str, Any]]] = {}
     for record in found["summary"]:
         if record not in baseline:
-            families.setdefault(family(record["encoding"]), baseline.copy()).append(record)
-    draw(families or {family(found["baseline"]): baseline}, {found["config"]["block_size"]}, path, found["baseline"])
+            families.setdefault(family(record["encoding"], found["runs"]), baseline.copy()).append(record)
+    draw(families or {found["baseline"]: baseline}, {found["config"]["block_size"]}, path, found["baseline"])
 
 
-def encoding_of(variant: str) -> str | None:
-    """The encoding of the configuration config/VARIANT.toml; None where that is no longer there."""
-    if variant in ENCODINGS:
-        return variant
+def encoding_of(variant: str, runs: Sequence[dict[str, Any]] = ()) -> str | None:
+    """The encoding of a variant, as its `runs` say or else config/VARIANT.toml does; None where that is not there."""
+    said = next((r["of"] for r in runs if r["encoding"] == variant and "of" in r), variant)
+    if said in ENCODINGS:
+        return said
     try:
         return load_config([str(ROOT / f"config/{variant}.toml")]).encoding
     except UserError:
         return None
 
 
-def family(variant: str) -> str:
-    """The family of the encoding of a configuration."""
-    encoding = encoding_of(variant)
+def family(variant: str, runs: Sequence[dict[str, Any]] = ()) -> str:
+    """The family of the encoding of a variant."""
+    encoding = encoding_of(variant, runs)
     return ENCODINGS[encoding].family if encoding else "other"
 
 
 def outdated(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The variants with a run of an encoding's earlier code; an early report does not say which code it was."""
     said = dict.fromkeys((r["encoding"], r["source"]) for r in runs if r.get("source"))
-    return [variant for variant, source in said if not (now := encoding_of(variant)) or source_of(now) != source]
+    return [variant for variant, source in said if not (now := encoding_of(variant, runs)) or source_of(now) != source]
 
 
 PAGE = ROOT / "docs/findings.md"

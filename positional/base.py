@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, S cached and new positions, C width, H heads, D = C/H head width.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +20,10 @@ ENCODINGS: dict[str, "type[PositionalEncoding]"] = {}
 
 
 class Option(NamedTuple):
-    """An option of an encoding, of the type of its default: `--help`, config files and their checks know it from here."""
+    """An option of an encoding, of the type of its default: `--help`, config files and their checks know it from here.
+
+    Limits are those of pydantic's fields: ge is ≥, gt >, le ≤, lt <.
+    """
 
     name: str
     default: bool | int | float | str
@@ -32,19 +36,44 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     before: Any = None  # what was computed before there was this option, where that is not the default
 
+    def check(self) -> None:
+        """Raise ValueError for a name that cannot be, a default of another type, or one beyond the option's own limits."""
+        value: Any = self.default
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise ValueError(f"option {self.name!r}: its name must have lower-case letters, digits and underscores only")
+        if type(value) not in (bool, int, float, str):
+            raise ValueError(f"option {self.name!r}: its default {value!r} must be a bool, an int, a float or a str")
+        limits = {"ge": self.ge, "gt": self.gt, "le": self.le, "lt": self.lt}
+        if isinstance(value, str):
+            fits = value in (self.choices or (value,)) and {*limits.values(), self.multiple_of} == {None}
+        else:
+            fits = all(limit is None or getattr(operator, name)(value, limit) for name, limit in limits.items())
+            fits = fits and not self.choices and not (self.multiple_of and value % self.multiple_of)
+        if not fits:
+            raise ValueError(f"option {self.name!r}: its default {value!r} is beyond its own limits")
+
 
 def register(name: str) -> Callable[[E], E]:
     """Above a class, makes it the encoding `name`: of --encoding, of every table and of every test that runs on all.
 
-    Raises ValueError for a name that is taken or is not of lower-case letters, digits and underscores.
+    The options of its bases are added to its own. Raises ValueError for a name that is taken or is not of lower-case letters,
+    digits and underscores, and for an option that cannot be, TypeError for what is no PositionalEncoding or no Option.
     """
 
     def add(cls: E) -> E:
+        if not (isinstance(cls, type) and issubclass(cls, PositionalEncoding)):
+            raise TypeError(f"{name!r}: {cls!r} is no subclass of PositionalEncoding")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise ValueError(f"{name!r}: the name of an encoding has lower-case letters, digits and underscores only")
         if name in ENCODINGS:
             there = ENCODINGS[name]
             raise ValueError(f"{name!r} is the name of {there.__module__}.{there.__name__} already; give this one another")
+        every = [option for base in reversed(cls.__mro__) for option in vars(base).get("options", ())]
+        if not all(isinstance(option, Option) for option in every):
+            raise TypeError(f"{cls.__name__}.options: must be a tuple of Option; is a comma missing?")
+        for option in every:
+            option.check()
+        cls.options = tuple({option.name: option for option in every}.values())
         ENCODINGS[name] = cls
         return cls
 
@@ -79,7 +108,7 @@ class PositionalEncoding(nn.Module):
     `cfg` has n_embd, n_head, block_size and the encoding's own options (core.config.Config).
     """
 
-    options: tuple[Option, ...] = ()  # its own, which it finds in `cfg` under their names
+    options: tuple[Option, ...] = ()  # which it finds in `cfg` under their names; those of its bases are added
     per_layer = False  # True: one instance per block
     hidden = False  # True: it sees each block's ln_1 output, False: the raw token embeddings
     max_len: int | None = None  # longest input it has positions for; None is unlimited

@@ -119,7 +119,6 @@ class PartialRoPE(RoPE):
     """
 
     options = (
-        *RoPE.options,
         Option("partial_rope_fraction", 0.25, "share of a head's channels that turn", gt=0, le=1),
         Option(
             "partial_rope_kind",
@@ -174,10 +173,7 @@ class XPos(RoPE):
     to 2^127 is for the keys themselves. The authors' attention by blocks at inference (BCA) is not part of it.
     """
 
-    options = (
-        *RoPE.options,
-        Option("xpos_scale_base", 512.0, "tokens over which q · k fades by ζ (2/7 to 1) once", gt=0, le=2**24),
-    )
+    options = (Option("xpos_scale_base", 512.0, "tokens over which q · k fades by ζ (2/7 to 1) once", gt=0, le=2**24),)
     scalable = False
     beyond = "as RoPE, but what is far counts less pair by pair, the fast ones most; ends where fp32 does (max_len)"
 

@@ -119,7 +119,8 @@ def test_bfloat16_follows_ddps(small, tmp_path):
     words = [*small, *ODD, "--encoding=carope", "--dtype=bfloat16"]
     on_two_ranks(*([*words, f"--name={p}", f"--parallel={p}"] for p in ("ddp", "fsdp")))
     for a, b in zip(records(tmp_path / "ddp"), records(tmp_path / "fsdp"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)  # a last bit of fp32 may decide how bf16 rounds
+        # A last bit of fp32 may decide how bf16 rounds; f_std is what is left of values a thousand times as large
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 def model_and_tokens(encoding: str, *words: str) -> tuple[GPT, torch.Tensor]:

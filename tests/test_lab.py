@@ -149,6 +149,7 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_finish(words
         (["--name=x"], "--name=x: a run here is called SIZE-ENCODING"),
         (["--seed=3"], "gets its encoding and seed from --encodings and --seeds"),
         (["--encodings", "rop"], "config/rop.toml"),
+        (["--json", "lab.md"], "--json lab.md: is the name of what goes beside it"),
         (["--jobs", "0"], "--jobs = 0: must be at least 1"),
         (["--minutes", "-1"], "--minutes = -1.0: must be at least 0"),
         (["--minutes", "nan"], "--minutes = nan"),

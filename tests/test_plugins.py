@@ -1,6 +1,7 @@
 """--plugin: an encoding from a file that the command line names, in every script, and told apart from what it was before."""
 
 import json
+import re
 import shutil
 import subprocess
 import textwrap
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_command, without_plugins
+from conftest import ROOT, Hold, run_command, start_command, without_plugins
 from test_pages import BLOCKS
 
 from core.config import Config, load_config, options
@@ -17,23 +18,25 @@ from core.plugins import load, plugin_words
 from positional import ENCODINGS
 
 SLOW = """
-    import math
-    import helper
+    import torch
     from positional import Option, RoPE, register
+
+    FACTOR = torch.tensor(float(open(__file__.replace("slow_rope.py", "factor.txt")).read()))
 
     @register("slow_rope")
     class SlowRoPE(RoPE):
         \"\"\"RoPE on a slower clock.\"\"\"
 
-        options = (*RoPE.options, Option("slow_rope_speed", 0.5, "speed of the clock", gt=0, le=1))
+        options = (Option("slow_rope_speed", 0.5, "speed of the clock", gt=0, le=1),)
 
         def __init__(self, cfg):
             super().__init__(cfg)
             self.speed = cfg.slow_rope_speed
 
         def coords(self, x_BTC, pos_T, last=None):
-            return super().coords(x_BTC, pos_T, last) * self.speed * helper.FACTOR
+            return super().coords(x_BTC, pos_T, last) * self.speed * FACTOR
 """
+ONE = "from positional import Option, RoPE, register\n@register('mine')\nclass Mine(RoPE):\n    options = {}\n"
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=2", "--warmup_steps=0", "--eval_tokens=500", "--final_eval_tokens=500",
     "--micro_batch=4", "--tokens_per_step=256", "--device=cpu",
@@ -52,10 +55,9 @@ def written(path: Path, text: str) -> Path:
 
 
 @pytest.fixture
-def slow(tmp_path, monkeypatch) -> Path:
-    """A plugin with an option and a module of its own."""
-    written(tmp_path / "helper.py", "FACTOR = 1.0\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def slow(tmp_path) -> Path:
+    """A plugin with an option, and a number from a file that no hash of code knows."""
+    (tmp_path / "factor.txt").write_text("1.0")
     return written(tmp_path / "slow_rope.py", SLOW)
 
 
@@ -78,6 +80,17 @@ def words(slow, corpus, tmp_path) -> list[str]:
             ", line 3: ValueError: 'rope' is the name of positional.rotary.RoPE already; give this one another",
         ),
         ('from positional import RoPE, register\nregister("Mine!")(RoPE)\n', "'Mine!': the name of an encoding has lower-case"),
+        ('from positional import register\n@register("mine")\ndef f(): pass\n', ", line 2: TypeError: 'mine': <function f at "),
+        (ONE.format('Option("mine_x", 1, "x")'), "Mine.options: must be a tuple of Option; is a comma missing?"),
+        (ONE.format('(Option("mine_x", 0, "x", gt=0),)'), "option 'mine_x': its default 0 is beyond its own limits"),
+        (ONE.format('(Option("mine_x", "c", "x", choices=("a", "b")),)'), "option 'mine_x': its default 'c' is beyond its own"),
+        (ONE.format('(Option("mine_x", "c", "x", ge=1),)'), "option 'mine_x': its default 'c' is beyond its own limits"),
+        (ONE.format('(Option("mine_x", 6, "x", multiple_of=4),)'), "option 'mine_x': its default 6 is beyond its own limits"),
+        (
+            ONE.format('(Option("mine_x", None, "x"),)'),
+            "option 'mine_x': its default None must be a bool",
+        ),
+        (ONE.format('(Option("mine-x", 1, "x"),)'), "option 'mine-x': its name must have lower-case letters"),
     ],
 )
 def test_a_plugin_that_fails_is_one_line_and_leaves_nothing(text, message, tmp_path):
@@ -90,8 +103,7 @@ def test_a_plugin_that_fails_is_one_line_and_leaves_nothing(text, message, tmp_p
     assert done.returncode == 2 and done.stderr.startswith("error: --plugin ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_plugin_that_is_not_there_or_has_the_name_of_another(slow, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_plugin_that_is_not_there_or_has_the_name_of_another(slow, tmp_path):
     with pytest.raises(UserError, match=r"none.py: cannot be read \(No such file or directory\); give a Python file"):
         load(str(tmp_path / "none.py"))
     (tmp_path / "other").mkdir()
@@ -101,8 +113,7 @@ def test_a_plugin_that_is_not_there_or_has_the_name_of_another(slow, tmp_path, m
         load(shutil.copy(slow, tmp_path / "other"))
 
 
-def test_options_are_known_where_the_class_is(slow, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_options_are_known_where_the_class_is(slow):
     with pytest.raises(UserError, match=r"--slow_rope_speed=0\.5: no such option"):
         load_config(["--slow_rope_speed=0.5"])
     cfg = load_config(["--slow_rope_speed=0.25", f"--plugin={slow}", "--encoding=slow_rope"])
@@ -114,11 +125,15 @@ def test_options_are_known_where_the_class_is(slow, tmp_path, monkeypatch):
     assert "slow_rope: speed of the clock [default: 0.5]" in usage
 
 
-@pytest.mark.parametrize("name", ["lr", "slow_rope_speed"])
-def test_an_option_that_has_the_name_of_another_is_refused(name, slow, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.mark.parametrize("name", ["lr", "plugin", "slow_rope_speed"])
+def test_an_option_that_has_the_name_of_another_is_refused(name, slow, tmp_path):
     load(str(slow))
-    text = SLOW.replace("slow_rope_speed", name).replace('"slow_rope"', '"other"').replace("0.5", "0.75")
+    text = (
+        SLOW.replace("slow_rope.py", "other.py")
+        .replace("slow_rope_speed", name)
+        .replace('"slow_rope"', '"other"')
+        .replace("0.5", "0.75")
+    )
     with pytest.raises(UserError, match=f"{name}: of encoding 'other', is the name of another option; call it otherwise"):
         load_config([f"--plugin={written(tmp_path / 'other.py', text)}"])
 
@@ -152,9 +167,9 @@ def test_a_sweep_refuses_seeds_of_another_computation_under_one_name(words, slow
     written(slow, SLOW.replace("* self.speed *", "* (0.5 * self.speed) *"))
     refused("'slow_rope' is not what it was, its code has changed; ")
     written(slow, SLOW)
-    written(tmp_path / "helper.py", "FACTOR = 1.01\n")
+    (tmp_path / "factor.txt").write_text("1.01")
     refused("'slow_rope' is not what it was, it computes something else on the same input; ")
-    written(tmp_path / "helper.py", "FACTOR = 1.0\n")
+    (tmp_path / "factor.txt").write_text("1.0")
     run.rename(tmp_path / "away")
     again = run_command(*words, "--seeds", "2", "--slow_rope_speed=0.75")
     assert again.returncode == 2 and "its options were {" in again.stderr and report.read_bytes() == kept, again.stderr
@@ -165,10 +180,85 @@ def test_a_sweep_refuses_seeds_of_another_computation_under_one_name(words, slow
     assert done.returncode == 0 and len(json.loads(report.read_text())["runs"]) == 2, done.stderr
 
 
+HASHED = """
+import functools
+import torch
+import beside
+from positional import RoPE, register
+
+LIST, DICT, TABLE, NOTHING = [1, 2], {"k": 1}, torch.tensor([1.0, 2.0]), None
+FUNCTIONS = (torch.sin, torch.cos)
+PICKED = (lambda x: x, abs)
+
+def plain(x):
+    return x + 1
+
+MADE = functools.partial(plain)
+
+@functools.cache
+def cached(x):
+    return x + 2
+
+def make(s):
+    class Made(RoPE):
+        def coords(self, x_BTC, pos_T, last=None):
+            return super().coords(x_BTC, pos_T, last) * s * beside.F
+
+    return Made
+
+@register("hashed")
+class Hashed(RoPE):
+    def frame(self, at):
+        return LIST, DICT, TABLE, NOTHING, FUNCTIONS, PICKED, MADE(1), cached(2), beside.F
+
+register("two")(make(2))
+register("three")(make(3))
+"""
+
+
+def test_the_hash_sees_whatever_a_plugin_computes_with_and_is_the_same_in_every_process(tmp_path):
+    def hashes(text: str = HASHED, beside: str = "F = 1") -> dict[str, str]:
+        (tmp_path / "hashed.py").write_text(text)
+        (tmp_path / "beside.py").write_text(beside)
+        code = "import json, sys; from core.plugins import load; from core.fingerprint import source_of; load(sys.argv[1]); "
+        code += "print(json.dumps({name: source_of(name) for name in ('hashed', 'two', 'three')}))"
+        done = run_command("-c", code, tmp_path / "hashed.py", env={"PYTHONDONTWRITEBYTECODE": "1"})
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    first = hashes()
+    assert hashes("# other words\n" + HASHED.replace("(x):\n    return x + 1", "(x):\n    # why\n    return x + 1")) == first
+    assert len(set(first.values())) == 3
+    for before, after in (
+        ("[1, 2]", "[1, 3]"), ('"k": 1', '"k": 2'), ("[1.0, 2.0]", "[1.0, 3.0]"), (", None", ", 0"),
+        ("torch.sin", "torch.tan"), ("lambda x: x", "lambda x: -x"), ("x + 1", "x + 3"), ("x + 2", "x + 3"),
+    ):  # fmt: skip
+        assert hashes(HASHED.replace(before, after))["hashed"] != first["hashed"], before
+    changed = hashes(beside="F = 2")
+    assert all(changed[name] != first[name] for name in first)
+
+
+def test_a_plugin_that_changes_while_a_sweep_runs_ends_it(words, slow, tmp_path):
+    """No later run is trained by the new file; one that was is named, and no number of it is kept."""
+    load(str(slow))
+    written(slow, SLOW.replace("* self.speed", "* 0.3"))
+    with pytest.raises(UserError, match=r"slow_rope\.py: has changed since this command began; start it again"):
+        plugin_words()
+    hold = Hold(tmp_path, "core.optim:set_lr", 1)
+    written(slow, SLOW)
+    child = start_command(*words, "--seeds", "1", "2", env=hold.env)
+    hold.reached(child)
+    written(slow, SLOW.replace("* self.speed", "* 0.3"))
+    hold.release()
+    said = child.communicate()[1]
+    assert child.returncode == 2 and "slow_rope.py: has changed since this command began" in said, said
+    assert not (tmp_path / "runs/lab-slow_rope-s2").exists()
+
+
 def test_a_run_that_other_code_continues_says_so(slow, corpus, tmp_path):
     words = ["train.py", "config/demo.toml", "--encoding=slow_rope", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
     assert run_command(*words, "--plugin", slow).returncode == 0
-    written(tmp_path / "helper.py", "FACTOR = 1.01\n")
+    (tmp_path / "factor.txt").write_text("1.01")
     for script in (words, ["eval_ppl.py", tmp_path / "demo-slow_rope", "--lengths", "32", "--max_tokens", "500"]):
         done = run_command(*script, "--plugin", slow)
         assert done.returncode == 0 and "it computes something else on the same input" in done.stderr, done.stderr
@@ -204,7 +294,7 @@ def test_an_exported_plugin_computes_the_same_in_transformers(slow, corpus, tmp_
 
     from core.checkpoint import load_model
 
-    written(slow, SLOW.replace("    import helper\n", "").replace("helper.FACTOR", "math.cos(0.0)"))
+    written(slow, re.sub(r"FACTOR = .*", "FACTOR = 1.0", SLOW))
     words = ["train.py", "config/demo.toml", "--encoding=slow_rope", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE]
     assert run_command(*words, "--plugin", slow).returncode == 0
     done = run_command("lab.export_hf", tmp_path / "demo-slow_rope", tmp_path / "hf", "--plugin", slow)

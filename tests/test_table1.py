@@ -196,3 +196,20 @@ def test_a_place_that_is_free_again_is_the_next_jobs(tmp_path):
     said = [(tmp_path / f"{i}.txt").read_text().split() for i in range(5)]
     assert sorted(order) == list("01234") and all(words[:3:2] == ["a", "b"] and words[1] == words[3] for words in said)
     assert {words[1] for words in said} == {"0", "7,8"}
+
+
+def test_two_runs_of_one_name_are_refused(words, tmp_path):
+    mine = tmp_path / "rope.toml"
+    mine.write_text('encoding = "rope"\nrope_base = 100.0\n')
+    words[words.index("learned")] = str(mine)
+    done = run_command(*words)
+    assert done.returncode == 2 and "two runs of the name demo-rope; rename one of the files" in done.stderr, done.stderr
+    assert not (tmp_path / "demo-rope").exists()
+
+
+def test_a_run_under_another_name_is_pointed_at(words):
+    """As one that an earlier version called otherwise."""
+    more = [*words[words.index("--max_tokens") + 2 :], "--encoding=rope"]
+    assert run_command("train.py", "config/demo.toml", *more, "--name=demo").returncode == 0
+    again = run_command("train.py", "config/demo.toml", *more)
+    assert again.returncode == 0 and "demo: has a run of the same configuration; --name=demo goes on with that" in again.stderr

@@ -367,7 +367,7 @@ def good_shards(out: Path, shards: list[dict[str, Any]], workers: int) -> list[d
 
     def is_good(shard: dict[str, Any]) -> bool:
         path = out / shard["file"]
-        return path.is_file() and sha256_file(path) == shard["sha256"]
+        return os.path.isfile(path) and sha256_file(path) == shard["sha256"]
 
     with ThreadPoolExecutor(workers) as pool:
         return [shard for shard, good in zip(shards, pool.map(is_good, shards), strict=True) if good]

@@ -4,6 +4,7 @@ The stream is the end-of-text token before each document and the document's toke
 Which pieces make a batch depends on where a start continues, the tokens do not.
 """
 
+import os
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -291,5 +292,6 @@ def intact(out: Path, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The leading `shards` that lie in `out` with their right size."""
     sizes = [HEADER_BYTES + 2 * shard["tokens"] for shard in shards]
     paths = [out / shard["file"] for shard in shards]
-    good = [path.is_file() and path.stat().st_size == size for path, size in zip(paths, sizes, strict=True)]
+    # Path.is_file raises for some names, as one too long, which a damaged progress file may hold
+    good = [os.path.isfile(path) and path.stat().st_size == size for path, size in zip(paths, sizes, strict=True)]
     return shards[: [*good, False].index(False)]

@@ -28,6 +28,10 @@ def stopped() -> SystemExit:
     return SystemExit(EXIT_REQUEUE)
 
 
+class Over(UserError):
+    """What ends all jobs, not only the one that it is about."""
+
+
 class Place(NamedTuple):
     """Where a run of several at a time computes: the GPUs that it sees, and its threads on a CPU; nothing is said where 0."""
 
@@ -63,9 +67,13 @@ def environment(place: Place = Place()) -> dict[str, str]:  # noqa: B008  nothin
 
 
 def command(script: str, arguments: Sequence[str], nproc: int) -> list[str]:
-    """The words that start one of our scripts, on nproc ranks where nproc > 0, with our plugins."""
+    """The words that start one of our scripts, on nproc ranks where nproc > 0, with our plugins. Raises Over."""
+    try:
+        plugins = plugin_words()
+    except UserError as error:
+        raise Over(str(error)) from None
     launcher = ["-m", "core.launch", f"--nproc_per_node={nproc}"] if nproc else []
-    return [sys.executable, *launcher, str(ROOT / script), *arguments, *plugin_words()]
+    return [sys.executable, *launcher, str(ROOT / script), *arguments, *plugins]
 
 
 def start(script: str, arguments: Sequence[str], nproc: int) -> int:
@@ -114,6 +122,7 @@ class Job:
         self.began = self.began or time.monotonic()
         script, *words = self._left.pop(0)
         options: dict[str, Any] = {"env": environment(place)}
+        sys.stdout.flush()  # before what it says
         with ExitStack() as held:
             if self.output:
                 self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +161,8 @@ def run_all(
 
     Returns False where `seconds` were too few (0: no limit). Between the starts of two lie `stagger` seconds or more, so that
     jobs on one GPU do not all compile, then all compute. What fails does not keep the others from their turn. On a signal, or
-    when time is up, the scripts are asked to save and leave. Raises SystemExit(75) after a signal; at the end UserError that
-    names all that failed.
+    when time is up, the scripts are asked to save and leave. Raises SystemExit(75) after a signal, Over where a job does; at
+    the end UserError that names all that failed.
     """
     waiting, running, free, failures = list(jobs), dict[Job, Place](), list(at), list[str]()
     deadline, next_start, received = time.monotonic() + seconds if seconds else float("inf"), 0.0, list[int]()
@@ -170,6 +179,8 @@ def run_all(
                         if not job.advance(place):
                             continue
                         done(job)
+                    except Over:
+                        raise
                     except UserError as error:
                         failures.append(str(error))
                     free.append(running.pop(job))

@@ -62,12 +62,17 @@ def plan(sizes: Sequence[str], encodings: Sequence[str], seeds: Sequence[int], o
             "--out_dir keeps sets of runs apart"
         )
     given = [[f"--seed={seed}"] for seed in dict.fromkeys(seeds)] or [[]]
-    return [
+    entries = [
         find(size, encoding, [*overrides, *seed])
         for size in dict.fromkeys(sizes)
         for seed in given
         for encoding in dict.fromkeys(encodings)
     ]
+    names = [entry.cfg.name for entry in entries]
+    if twice := next((entry for entry in entries if names.count(entry.cfg.name) > 1), None):
+        words = [" and ".join(entry.words[:2]) for entry in entries if entry.cfg.name == twice.cfg.name]
+        raise UserError(f"{'; '.join(words[:2])}: two runs of the name {twice.cfg.name}; rename one of the files")
+    return entries
 
 
 def find(size: str, variant: str, overrides: list[str]) -> Entry:
@@ -179,7 +184,9 @@ def refuse_other_code(left: Sequence[Entry], entries: Sequence[Entry], records: 
             if then.get("options", now["options"]) != now["options"]:
                 how = f"its options were {then['options']} and are {now['options']} now"
             if how:
-                commit = f"that was at commit {then['git'][:10]}" if then.get("git") else "of which commit it was is unknown"
+                plugin, git = then.get("plugin"), then.get("git")
+                commit = f"that was at commit {git[:10]}" if git else "of which commit it was is unknown"
+                commit = f"that was by {plugin['path']}, sha256 {plugin['sha256'][:12]}…" if plugin else commit
                 raise UserError(
                     f"{where}: {variant!r} is not what it was, {how}; {commit}. One name stands for one computation: go back "
                     "to that, or move the older ones away"

@@ -13,9 +13,10 @@ from pathlib import Path
 from core.console import CommandLine, remark
 from core.errors import UserError, at_least
 from core.files import sha256_file
+from core.fingerprint import made_by, other_code
 from core.results import Question, Result, read_results
-from core.sweep.jobs import Job, places, run_all
-from core.sweep.plan import Entry, check_data, questions
+from core.sweep.jobs import Job, Over, places, run_all
+from core.sweep.plan import Entry, check_data, questions, read_newest
 from core.upload import upload
 
 LOSSES = "losses.npz"  # in a run's folder, the loss of each document
@@ -94,6 +95,9 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
         name, log = entry.cfg.name, entry.cfg.folder.with_name(f"{entry.cfg.name}.txt")
         return Job(name, scripts, None if alone else log, args.nproc, silent=("eval_ppl.py",))
 
+    def in_order() -> Found:
+        return {entry: found[entry] for entry in left if entry in found}
+
     def began(job: Job) -> None:
         if alone and not work[job.name][0].finished:
             steps = work[job.name][0].cfg.steps
@@ -103,13 +107,15 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
         nonlocal count
         count += 1
         entry = work[job.name][0]
+        if how := trained_by_other_code(entry):
+            raise Over(f"{entry.cfg.folder}: {how}, while this command ran; move it away and start again")
         results = results_of(entry, args)
         if len(results) < len(args.lengths):
             raise UserError(f"{entry.cfg.folder / 'eval.json'}: has no result of the run's last weights; start again")
         if entry.cfg.wandb != "disabled":
             share(entry.cfg.folder, results)
         found[entry] = results
-        report(found)
+        report(in_order())
         cells = ", ".join(f"{r['perplexity']:.2f} at length {r['length']}" for r in results if r["perplexity"])
         tokens = max(r["tokens"] or 0 for r in results)
         took = f"; {time.monotonic() - job.began:.0f} s" if not alone else ""
@@ -118,7 +124,13 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
     jobs = [job(entry, scripts) for entry, scripts in work.values()]
     where = places(args.jobs, args.nproc, [entry.cfg.device for entry, _ in work.values()])
     run_all(jobs, where, 60 * args.minutes, done, began, args.stagger)
-    return found
+    return in_order()
+
+
+def trained_by_other_code(entry: Entry) -> str | None:
+    """In words, how the encoding of the run is not what it is in this process; None where it is."""
+    state = entry.state if entry.finished else read_newest(entry.cfg.folder)
+    return other_code(vars(state), made_by(entry.cfg)) if state else None
 
 
 def share(folder: Path, results: list[Result]) -> None:

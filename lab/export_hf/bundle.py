@@ -94,11 +94,25 @@ def flat(module: str) -> str:
 
 
 def source(module: str) -> str:
-    """The text of one of our modules, or of a plugin."""
+    """The text of one of our modules, or of a plugin. Raises UserError where a plugin needs a file beside it."""
     if module.startswith("plugin_"):
-        return Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
+        path = Path(str(sys.modules[module].__file__))
+        text = path.read_text(encoding="utf-8")
+        beside = {file.stem for file in path.parent.glob("*.py")} & imported(text)
+        if beside:
+            raise UserError(f"{path}: imports {min(beside)}.py beside it, and an export takes one file; put it all into one")
+        return text
     path = ROOT.joinpath(*module.split("."))
     return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def imported(text: str) -> set[str]:
+    """The first words of the modules that a file imports."""
+    nodes = list(ast.walk(ast.parse(text)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {
+        name.partition(".")[0] for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    }
 
 
 def needs(text: str) -> list[str]:
