@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from core.config import Config
-from core.files import ROOT
-from core.plugins import plugin_of
+from core.plugins import plugin_of, plugin_paths
 from model import GPT
 from positional import ENCODINGS
 
@@ -74,10 +73,13 @@ def is_of_encodings(module: ModuleType, beside: str) -> bool:
 
 
 def is_users(module: ModuleType) -> bool:
-    """Whether a module's file is neither of this repository nor of what is installed."""
-    installed = (ROOT, *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+    """Whether a module comes from beside a plugin, and is neither ours nor installed there."""
     path = Path(getattr(module, "__file__", None) or "/").resolve()
-    return path.suffix == ".py" and not any(path.is_relative_to(place) for place in installed)
+    ours = module.__name__.partition(".")[0] in ("core", "lab", "model", "positional", "text")
+    stdlib = Path(sysconfig.get_path("stdlib")).resolve()
+    installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or path.is_relative_to(stdlib)
+    beside = any(path.is_relative_to(Path(plugin).parent) for plugin in plugin_paths())
+    return path.suffix == ".py" and beside and not ours and not installed
 
 
 def is_plain(value: Any) -> bool:

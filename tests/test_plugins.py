@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from test_pages import BLOCKS
 
 from core.config import Config, load_config, options
 from core.errors import UserError
+from core.fingerprint import is_users
 from core.plugins import load, plugin_words
 from positional import ENCODINGS
 
@@ -236,6 +239,19 @@ def test_the_hash_sees_whatever_a_plugin_computes_with_and_is_the_same_in_every_
         assert hashes(HASHED.replace(before, after))["hashed"] != first["hashed"], before
     changed = hashes(beside="F = 2")
     assert all(changed[name] != first[name] for name in first)
+
+
+def test_what_is_installed_below_a_plugins_folder_is_not_the_users(tmp_path):
+    """A plugin often lies beside an environment, which may be a link to another."""
+    (tmp_path / ".venv").symlink_to(Path(torch.__file__).parents[4])
+    (tmp_path / "near.py").write_text("import math\nimport torch\nimport positional\n" + ONE.partition("\n")[2].format("()"))
+    (tmp_path / "near.py").write_text("from positional import Option, RoPE, register\n" + (tmp_path / "near.py").read_text())
+    load(str(tmp_path / "near.py"))
+    here = {name for name, module in sys.modules.items() if is_users(module)}
+    assert here == {"plugin_near"}
+    sibling = ModuleType("torch")
+    sibling.__file__ = str(tmp_path / ".venv/lib/python3.11/site-packages/torch/__init__.py")
+    assert not is_users(sibling)
 
 
 def test_a_plugin_that_changes_while_a_sweep_runs_ends_it(words, slow, tmp_path):
