@@ -295,6 +295,7 @@ def test_any_words_on_the_command_line(fault, tmp_path):
 def test_a_valid_config_reads_back_as_it_was(fault, tmp_path):
     happened, tally = fault("valid configs with every kind of name and number, written and read again"), Tally()
     name = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"], exclude_characters="/"), min_size=1, max_size=20)
+    place = name.filter(lambda n: n[0] != "~")  # which becomes the home folder
     positive = st.floats(0, exclude_min=True, allow_infinity=False)
 
     @fuzz(300)
@@ -302,7 +303,7 @@ def test_a_valid_config_reads_back_as_it_was(fault, tmp_path):
         values=st.fixed_dictionaries(
             {},
             optional={
-                "name": name.filter(lambda n: n not in (".", "..")), "out_dir": name, "data": name, "wandb_project": name,
+                "name": name.filter(lambda n: n not in (".", "..")), "out_dir": place, "data": place, "wandb_project": name,
                 "encoding": st.sampled_from(sorted(ENCODINGS.keys() - {"rope"})), "seed": st.integers(0, 2**63 - 1),
                 "steps": st.integers(1, 2**40), "lr": positive, "grad_clip": st.floats(0, exclude_min=True),
                 "tensorboard": st.booleans(), "rope_base": st.floats(1.001, 1e15), "spike_threshold": positive,
