@@ -6,7 +6,7 @@
     python table1.py --sizes tiny --encodings rope carope_hidden --seeds 1 2 3 --lengths 512 1024 2048 --jobs 2
 
 A run is config/SIZE.toml under config/ENCODING.toml; any --key=value goes to every run. Several at a time (--jobs) have GPUs of
-their own. Started again it goes on where it was. Writes table1.md, table1.json and table1.png.
+their own. Started again, it continues. Writes table1.md, table1.json and table1.png.
 """
 
 import core.host  # noqa: F401  isort: skip  before torch, which reads what it sets
@@ -40,7 +40,7 @@ PAPER = {
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what is left of it for the configuration."""
     parser = CommandLine(__doc__)
-    add_options(parser)
+    add_options(parser, "the paper's four", "the configuration's", "512 1024", "0")
     parser.set_defaults(encodings=["rope", "carope", "learned", "sinusoidal"], lengths=[512, 1024], seeds=[])
     add = parser.add_argument
     add("--sizes", nargs="+", default=["tiny", "small"], metavar="SIZE", help="names, or config files [default: tiny small]")
@@ -94,7 +94,8 @@ def render(results: Sequence[Result]) -> str:
         variants, rows = list(dict.fromkeys(r["encoding"] for r in summary)), []
         for length in lengths_of(summary):
             row = {r["encoding"]: r for r in summary if r["length"] == length}
-            cells = [plus_minus(r["perplexity"], r["perplexity_stderr"], ".2f") for r in map(row.get, variants) if r]
+            ours = (row.get(variant, {}) for variant in variants)
+            cells = [plus_minus(r.get("perplexity"), r.get("perplexity_stderr"), ".2f") for r in ours]
             rows.append([length, "ours", *cells])
             if paper := PAPER.get((size, length)):
                 rows.append([length, "paper", *(plus_minus(paper.get(variant), None, ".2f") for variant in variants)])

@@ -59,8 +59,8 @@ class State(BaseModel):
     log_bytes: NonNegativeInt
     guard: dict[str, list[Finite]] = {}
     git: str | None
-    source: str | None = None  # of the encoding, core.provenance.source_of
-    probe: dict[str, Finite] | None = None  # what the encoding computes, core.provenance.probe
+    source: str | None = None  # of the encoding, core.fingerprint.source_of
+    probe: dict[str, Finite] | None = None  # what the encoding computes, core.fingerprint.probe
     plugin: dict[str, str] | None = None  # path and sha256 of the file that the encoding comes from, where that is a plugin
     dtype: Literal["bfloat16", "float32"] | None = None  # autocast type of this start
     sha256: dict[str, str] = {}

@@ -27,7 +27,7 @@ KIND = "syntax:"  # starts these hashes; earlier ones were of whole files and ca
 
 @functools.cache
 def source_of(encoding: str) -> str | None:
-    """sha256 of what computes an encoding, as syntax: its class, and every class, function and value that it is made of.
+    """sha256 of an encoding's code, as syntax: its class, and every class, function and value that it is made of.
 
     It follows names to what is defined in positional/ or beside the class, but not in positional.base, which only calls
     attention; a module of the user's that is imported counts as a whole. Comments, docstrings, annotations, messages, the name
@@ -60,7 +60,7 @@ def source_of(encoding: str) -> str | None:
         parts[name, module.__name__] = syntax(Computed().visit(tree))
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & vars(module).keys()
         waiting += [(name, vars(module)[name], module) for name in names]
-        if inspect.isclass(value):  # whose base may be said as module.Class
+        if inspect.isclass(value):  # a base may be written as module.Class
             waiting += [(base.__name__, base, module) for base in value.__bases__]
             waiting += [(f"{name} of {value.__name__}", one, module) for name, one in enclosed(value).items() if is_plain(one)]
     return KIND + hashlib.sha256(repr(sorted((name, text) for (name, _), text in parts.items())).encode()).hexdigest()

@@ -32,7 +32,7 @@ class Question:
     dtype: str  # autocast type, "float32" for none
     weights: str  # sha256 of the file
     data_sha256: list[str]  # of the validation shards, in their order
-    source: str | None  # core.provenance.source_of the encoding
+    source: str | None  # core.fingerprint.source_of the encoding
 
     @classmethod
     def standard(

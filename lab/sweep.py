@@ -34,9 +34,15 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("base", type=given_path, nargs="?", default="config/lab.toml", metavar="CONFIG.toml", help="[default: config/lab.toml]")
-    add_options(parser)
+    add_options(parser, "all that there are, after rope", "1 2 3", "1, 2, 4 and 8 training lengths", "65,536")
     parser.set_defaults(seeds=[1, 2, 3], max_tokens=65_536)
-    add("--documents", type=int, default=0, metavar="N", help="evaluate documents of at least N tokens, each by itself")
+    add(
+        "--documents",
+        type=int,
+        default=0,
+        metavar="N",
+        help="evaluate documents of at least N tokens, each by itself [default: 0, no]",
+    )
     what = "[default: lab.json beside the runs]; lab.md and lab.png go beside it, named alike"
     add("--json", type=new_file, metavar="FILE", help=what)
     args, rest = parser.parse_known_args()

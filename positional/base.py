@@ -17,6 +17,7 @@ from core.numerics import once
 E = TypeVar("E", bound="type[PositionalEncoding]")
 
 ENCODINGS: dict[str, "type[PositionalEncoding]"] = {}
+NAME = re.compile(r"[a-z][a-z0-9_]*")  # of an encoding or an option
 
 
 class Option(NamedTuple):
@@ -39,7 +40,7 @@ class Option(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for a name that cannot be, a default of another type, or one beyond the option's own limits."""
         value: Any = self.default
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+        if not NAME.fullmatch(self.name):
             raise ValueError(f"option {self.name!r}: its name must have lower-case letters, digits and underscores only")
         if type(value) not in (bool, int, float, str):
             raise ValueError(f"option {self.name!r}: its default {value!r} must be a bool, an int, a float or a str")
@@ -63,7 +64,7 @@ def register(name: str) -> Callable[[E], E]:
     def add(cls: E) -> E:
         if not (isinstance(cls, type) and issubclass(cls, PositionalEncoding)):
             raise TypeError(f"{name!r}: {cls!r} is no subclass of PositionalEncoding")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        if not NAME.fullmatch(name):
             raise ValueError(f"{name!r}: the name of an encoding has lower-case letters, digits and underscores only")
         if name in ENCODINGS:
             there = ENCODINGS[name]

@@ -203,7 +203,7 @@ def test_nothing_is_uploaded_while_the_run_is_trained(offline, monkeypatch):
 def test_the_table_uploads_the_perplexities_of_its_runs(offline):
     cfg = load_config([str(offline / "config.toml"), f"--out_dir={offline.parent}"])
     entry = Entry("tiny", "learned", (), cfg, find_checkpoint(offline)[1])
-    args = Namespace(lengths=[16, 64], max_tokens=500, nproc=0, jobs=1, minutes=0, stagger=0)
+    args = Namespace(lengths=[16, 64], max_tokens=500, nproc=0, jobs=1, minutes=0, stagger=0, documents=0)
     assert list(run_left([entry], 1, args, lambda found: None)) == [entry]
     (table,) = offline.glob("wandb/offline-run-*/files/media/table/perplexity*.json")
     results = json.loads((offline / "eval.json").read_text())

@@ -1,4 +1,4 @@
-"""Start our scripts as processes of their own: one before the eyes of the user, or several at a time."""
+"""Start our scripts as processes of their own: one that has the terminal, or several at a time."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ class Over(UserError):
 
 
 class Place(NamedTuple):
-    """Where a run of several at a time computes: the GPUs that it sees, and its threads on a CPU; nothing is said where 0."""
+    """Where a run of several at a time computes: the GPUs that it sees, and its threads on a CPU; none and 0 set neither."""
 
     gpus: tuple[str, ...] = ()
     threads: int = 0

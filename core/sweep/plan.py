@@ -195,9 +195,8 @@ def refuse_other_code(left: Sequence[Entry], entries: Sequence[Entry], records: 
 
 def questions(entry: Entry, lengths: Sequence[int], max_tokens: int, min_document_tokens: int | None = None) -> list[Question]:
     """What is to be known of a finished run, by length: how well its last weights predict its own evaluation set."""
-    state = entry.state if entry.finished else read_newest(entry.cfg.folder)
-    assert state is not None, f"{entry.cfg.folder} has no checkpoint"
-    return [Question.standard(state, length, entry.cfg.device, max_tokens, min_document_tokens) for length in lengths]
+    assert entry.state is not None, f"{entry.cfg.folder} has no checkpoint"
+    return [Question.standard(entry.state, length, entry.cfg.device, max_tokens, min_document_tokens) for length in lengths]
 
 
 def check_data(entry: Entry, question: Question) -> None:

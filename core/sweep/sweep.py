@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from core.console import CommandLine, remark
@@ -22,17 +23,28 @@ from core.upload import upload
 LOSSES = "losses.npz"  # in a run's folder, the loss of each document
 
 
-def add_options(parser: CommandLine) -> None:
-    """What every sweep can be told: which runs and evaluations, and how they share the machine."""
+def add_options(parser: CommandLine, encodings: str, seeds: str, lengths: str, max_tokens: str) -> None:
+    """What every sweep can be told: which runs and evaluations, and how they share the machine. The words say the defaults."""
     add = parser.add_argument
-    add("--encodings", nargs="+", metavar="ENCODING", help="names, or config files by path; a --plugin's, too")
-    add("--seeds", nargs="+", type=int, metavar="N", help="a run of each encoding with each")
-    add("--lengths", nargs="+", type=int, metavar="T", help="evaluation lengths, tokens")
-    add("--max_tokens", "--max-tokens", type=int, default=0, metavar="N", help="of an evaluation, 0 is all")
-    add("--nproc", type=int, default=0, metavar="N", help="processes of a run, a GPU each; 0 is one, which uses one device")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, on GPUs of their own as far as there are any")
-    add("--stagger", type=float, default=0, metavar="S", help="seconds between the starts of two runs")
-    add("--minutes", type=float, default=0, metavar="M", help="stop after so long, in order; 0 is never")
+    what = "names, or config files by path; a --plugin's, too"
+    add("--encodings", nargs="+", metavar="ENCODING", help=f"{what} [default: {encodings}]")
+    add("--seeds", nargs="+", type=int, metavar="N", help=f"a run of each encoding with each [default: {seeds}]")
+    add("--lengths", nargs="+", type=int, metavar="T", help=f"evaluation lengths, tokens [default: {lengths}]")
+    what = f"of an evaluation, 0 is all [default: {max_tokens}]"
+    add("--max_tokens", "--max-tokens", type=int, default=0, metavar="N", help=what)
+    parser.set_defaults(documents=0)  # all in one
+    add(
+        "--nproc", type=int, default=0, metavar="N", help="processes of a run, a GPU each [default: one, which uses one device]"
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time, on GPUs of their own as far as there are any [default: 1]",
+    )
+    add("--stagger", type=float, default=0, metavar="S", help="seconds between the starts of two runs [default: 0]")
+    add("--minutes", type=float, default=0, metavar="M", help="stop after so long, in order [default: 0, never]")
     add("--dry_run", "--dry-run", action="store_true", help="show the plan and leave")
 
 
@@ -46,7 +58,7 @@ def scripts_left(entry: Entry, args: argparse.Namespace) -> list[list[str]]:
     """What the run still needs, each the words of a script: training, evaluation, both or none."""
     scripts = [] if entry.finished else [["train.py", *entry.words]]
     if lengths := lengths_left(entry, args):
-        folder, documents = entry.cfg.folder, getattr(args, "documents", 0)
+        folder, documents = entry.cfg.folder, args.documents
         words = ["--lengths", *map(str, lengths), "--max_tokens", str(args.max_tokens), "--append"]
         words += ["--json", str(folder / "eval.json"), "--data", entry.cfg.data, "--device", entry.cfg.device]
         words += ["--documents", str(documents), "--losses", str(folder / LOSSES)] if documents else []
@@ -61,7 +73,7 @@ def lengths_left(entry: Entry, args: argparse.Namespace) -> list[int]:
     results, losses = results_of(entry, args), entry.cfg.folder / LOSSES
     lengths = [length for length in args.lengths if length not in {r["length"] for r in results}]
     kept = {r["losses"]["sha256"] for r in results if r.get("losses")}
-    whole = not getattr(args, "documents", 0) or (losses.exists() and not lengths and kept == {sha256_file(losses)})
+    whole = not args.documents or (losses.exists() and not lengths and kept == {sha256_file(losses)})
     if lengths or not whole:
         check_data(entry, asked(entry, args)[0])
     return lengths if whole else args.lengths
@@ -69,7 +81,7 @@ def lengths_left(entry: Entry, args: argparse.Namespace) -> list[int]:
 
 def asked(entry: Entry, args: argparse.Namespace) -> list[Question]:
     """What the command line asks of the finished run."""
-    return questions(entry, args.lengths, args.max_tokens, getattr(args, "documents", 0) or None)
+    return questions(entry, args.lengths, args.max_tokens, args.documents or None)
 
 
 def results_of(entry: Entry, args: argparse.Namespace) -> list[Result]:
@@ -107,7 +119,9 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
         nonlocal count
         count += 1
         entry = work[job.name][0]
-        if how := trained_by_other_code(entry):
+        if not entry.finished:
+            entry = replace(entry, state=read_newest(entry.cfg.folder))
+        if entry.state and (how := other_code(vars(entry.state), made_by(entry.cfg))):
             raise Over(f"{entry.cfg.folder}: {how}, while this command ran; move it away and start again")
         results = results_of(entry, args)
         if len(results) < len(args.lengths):
@@ -125,12 +139,6 @@ def run_left(left: Sequence[Entry], n_all: int, args: argparse.Namespace, report
     where = places(args.jobs, args.nproc, [entry.cfg.device for entry, _ in work.values()])
     run_all(jobs, where, 60 * args.minutes, done, began, args.stagger)
     return in_order()
-
-
-def trained_by_other_code(entry: Entry) -> str | None:
-    """In words, how the encoding of the run is not what it is in this process; None where it is."""
-    state = entry.state if entry.finished else read_newest(entry.cfg.folder)
-    return other_code(vars(state), made_by(entry.cfg)) if state else None
 
 
 def share(folder: Path, results: list[Result]) -> None:
