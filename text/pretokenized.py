@@ -11,10 +11,9 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +23,20 @@ from tqdm import tqdm
 from core.console import quiet, remark
 from core.errors import UserError
 from core.files import locked, put_in_place, sha256_file, write_json
-from text.hub import HUB, HubFiles, difference
+from text.corpus import SourceFile
+from text.hub import HUB, Dataset, HubFiles, difference, files_in_folder
 from text.progress import gigabytes
 from text.shards import (
     HEADER_BYTES,
     MANIFEST,
-    SCRATCH,
     SHARD_SUFFIXES,
     ShardEntry,
     is_headerless,
     open_shard,
     read_manifest,
+    scratch_in,
     write_shard,
 )
-from text.sources import SourceFile
 from text.token_stream import Earlier, read_earlier, refuse_other_work
 from text.tokenizer import GPT2, eot_of
 
@@ -83,9 +82,6 @@ class HubShards(HubFiles):
 
     headerless = frozenset[int]()  # a file without a header is refused there
 
-    def __init__(self, url: str, scratch: Path, revision: str | None) -> None:
-        super().__init__(url, scratch, revision, SHARD_SUFFIXES, "--pretokenized", beside=MANIFEST)
-
     def manifest(self) -> dict[str, Any] | None:
         """The manifest.json beside the shards, if there is one. Raises UserError for one that cannot be read."""
         for index, file in enumerate(self.files):
@@ -101,7 +97,7 @@ class FolderShards:
     revision = None
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.stopped = folder, threading.Event()
+        self.folder = folder
         found = [path for path in folder.iterdir() if path.suffix in SHARD_SUFFIXES and path.name[0] != "." and path.is_file()]
         self.files = [SourceFile(path.name, path.stat().st_size, 0) for path in found]
         if not found:
@@ -125,10 +121,6 @@ class FolderShards:
         """Nothing can be brought into a folder. Raises UserError."""
         raise UserError(f"{self.folder / self.files[index].name}: was changed while it was read")
 
-    def missing_bytes(self, index: int) -> int:
-        """What a copy takes."""
-        return self.files[index].size
-
 
 def adopt(where: str, out: Path, limit_tokens: int | None, workers: int) -> None:
     """Make `out` a data folder of the shards at `where`, or bring what is missing or damaged of them. Raises UserError.
@@ -137,12 +129,12 @@ def adopt(where: str, out: Path, limit_tokens: int | None, workers: int) -> None
     """
     terms: dict[str, Any] = {"pretokenized": where, "limit_tokens": limit_tokens}
     try:
-        with locked(out):
+        with locked(out), scratch_in(out) as scratch:
             earlier, finished = read_earlier(out, PROGRESS, Unfinished)
             refuse_other_work(out, earlier, terms)
             good = good_shards(out, earlier.get("shards", []), workers)
             if not finished or len(good) < len(earlier["shards"]):
-                source = open_source(where, out, earlier.get("revision"))
+                source = open_source(where, scratch, earlier.get("revision"))
                 manifest = source.manifest()
                 planned = plan(where, source.files, limit_tokens, manifest, source.headerless)
                 book = Book(out, terms, good, manifest)
@@ -150,7 +142,7 @@ def adopt(where: str, out: Path, limit_tokens: int | None, workers: int) -> None
                 refuse_other_work(out, earlier, {"files": files, "tokenizer": book.whose.tokenizer})
                 finished = False
                 book.terms |= {"tokenizer": book.whose.tokenizer, "revision": source.revision, "files": files}
-                good = bring_all(source, planned, book, workers)
+                good = bring_all(source, planned, book, scratch, workers)
             tokens, documents = (sum(shard[key] for shard in good) for key in ("tokens", "documents"))
             state = "finished already, every sha256 is right" if finished else "finished"
             print(f"{out}: {state}, {tokens:,} tokens of {documents:,} documents in {len(good)} shards")
@@ -158,15 +150,18 @@ def adopt(where: str, out: Path, limit_tokens: int | None, workers: int) -> None
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
 
 
-def open_source(where: str, out: Path, revision: str | None) -> HubShards | FolderShards:
+def open_source(where: str, scratch: Path, revision: str | None) -> HubShards | FolderShards:
     """The files that `where` names, a folder before a dataset of the same name. Raises UserError where there are none."""
     folder = Path(where)
     if folder.is_dir():
         return FolderShards(folder)
-    url = where if where.startswith("hf://") else f"hf://datasets/{where}"
-    if where[0] in "./~" or not HUB.fullmatch(url):
+    if where[0] in "./~" or not HUB.fullmatch(where):
         raise UserError(f"--pretokenized {where}: no folder here, nor OWNER/NAME[@REVISION][/FOLDER] of a dataset on the hub")
-    return HubShards(url, out / SCRATCH, revision)
+    dataset = Dataset.of(where, "--pretokenized", revision)
+    commit, files = files_in_folder(dataset, lambda name: name.endswith(SHARD_SUFFIXES) or name == MANIFEST)
+    if all(file.name.endswith(MANIFEST) for file in files):
+        raise UserError(f"--pretokenized {where}: no {' or '.join(SHARD_SUFFIXES)} files there")
+    return HubShards(dataset, commit, files, scratch)
 
 
 def plan(
@@ -240,7 +235,7 @@ class Book:
         self.out, self.terms, self.whose = out, terms, Vocabulary.of(manifest)
         self.listed = {shard["file"]: shard for shard in manifest["shards"]} if manifest else {}
         self.shards = {shard["file"]: shard for shard in shards}
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def write(self) -> None:
         """The progress file, for a later start."""
@@ -249,6 +244,8 @@ class Book:
     def add(self, shard: dict[str, Any], path: Path) -> None:
         """Put a checked file in its place. It is noted before: killed between the two, a start finds it where it came in."""
         with self._lock:
+            if self._closed:
+                return
             self.shards[shard["file"]] = shard
             self.write()
             put_in_place(path, self.out / shard["file"])
@@ -261,34 +258,38 @@ class Book:
         about = {"n_vocab": self.whose.n_vocab, "eot": self.whose.eot} | totals | {"shards": shards, "versions": versions}
         write_json(self.out / MANIFEST, self.terms | about)
         (self.out / PROGRESS).unlink()
-        shutil.rmtree(self.out / SCRATCH, ignore_errors=True)
         return shards
 
+    def close(self) -> None:
+        """Take no more shards; where there is none, no file stays."""
+        with self._lock:
+            self._closed = True
+        if not self.shards:
+            (self.out / PROGRESS).unlink(missing_ok=True)
 
-def bring_all(source: HubShards | FolderShards, planned: list[Planned], book: Book, workers: int) -> list[dict[str, Any]]:
+
+def bring_all(
+    source: HubShards | FolderShards, planned: list[Planned], book: Book, scratch: Path, workers: int
+) -> list[dict[str, Any]]:
     """Bring every planned shard that `book` has not, then write the manifest; returns all of them."""
     todo = [p for p in planned if p.name not in book.shards]
     check_space(source, planned, todo, book.out)
-    with leaving_nothing_useless(book):
+    try:
         book.write()
         (book.out / MANIFEST).unlink(missing_ok=True)  # a shard is damaged: until it is whole again the folder is unfinished
-        if todo:
-            bring(source, todo[0], book)  # alone: what is no shard is found out before everything is downloaded
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                futures = [pool.submit(bring, source, p, book) for p in todo[1:]]
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                source.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for first in todo[:1]:
+            bring(source, first, book, scratch)  # alone: what is no shard is found out before everything is downloaded
+        with ThreadPool(workers) as pool:  # whose threads an error or a signal does not wait for
+            for _ in pool.imap_unordered(lambda p: bring(source, p, book, scratch), todo[1:]):
+                pass
         return book.finish([p.name for p in planned])
+    finally:
+        book.close()
 
 
 def check_space(source: HubShards | FolderShards, planned: list[Planned], todo: list[Planned], out: Path) -> None:
     """Say what is to come. Raises UserError if the disk is too small for it."""
-    need = sum(0 if linkable(source.cached(source.files[p.file]), out) else source.missing_bytes(p.file) for p in todo)
+    need = sum(0 if linkable(source.cached(source.files[p.file]), out) else source.files[p.file].size for p in todo)
     tokens, free = sum(p.tokens for p in planned), shutil.disk_usage(out).free
     remark(
         f"{out}: {tokens:,} tokens in {len(planned)} shards, {len(planned) - len(todo)} are there; the rest needs "
@@ -307,9 +308,9 @@ def linkable(path: Path | None, out: Path) -> bool:
     return path is not None and path.stat().st_dev == out.stat().st_dev
 
 
-def bring(source: HubShards | FolderShards, planned: Planned, book: Book) -> None:
+def bring(source: HubShards | FolderShards, planned: Planned, book: Book, scratch: Path) -> None:
     """Have one shard in its place: linked or copied from the cache or the folder where it is whole there, else downloaded."""
-    file, scratch = source.files[planned.file], book.out / SCRATCH
+    file = source.files[planned.file]
     there = source.cached(file)
     if there is not None and not difference(there, file):
         scratch.mkdir(exist_ok=True)
@@ -369,19 +370,5 @@ def good_shards(out: Path, shards: list[dict[str, Any]], workers: int) -> list[d
         path = out / shard["file"]
         return os.path.isfile(path) and sha256_file(path) == shard["sha256"]
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPool(workers) as pool:
         return [shard for shard, good in zip(shards, pool.map(is_good, shards), strict=True) if good]
-
-
-@contextmanager
-def leaving_nothing_useless(book: Book) -> Iterator[None]:
-    """After an error keep what a later start goes on with; where that is nothing, no file stays."""
-    try:
-        yield
-    finally:
-        scratch = book.out / SCRATCH
-        for folder in [*scratch.glob("*/"), scratch]:
-            with suppress(OSError):  # not empty, or not there
-                folder.rmdir()
-        if not book.shards and not scratch.exists():
-            (book.out / PROGRESS).unlink(missing_ok=True)

@@ -25,7 +25,6 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MANIFEST = "manifest.json"
 SHARD_SUFFIXES = (".bin", ".npy")
-SCRATCH = ".download"  # in a data folder while it is being made
 
 
 def _plain(name: str) -> str:
@@ -199,6 +198,16 @@ def _open_npy(path: Path) -> np.ndarray:
     if size != promised:
         raise UserError(f"{path}: {size} bytes, but its header promises {promised}; it is damaged, prepare the data again")
     return tokens
+
+
+@contextmanager
+def scratch_in(out: Path) -> Iterator[Path]:
+    """A hidden folder in a data folder that is being made, which goes on leaving; a kill leaves it to the next start."""
+    scratch = out / ".download"
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def is_of(split: str, name: str) -> bool:

@@ -21,9 +21,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from core.errors import UserError
 from core.files import write_json
-from text.corpus import Piece, read_pieces
+from text.corpus import Piece, Source, read_pieces
 from text.shards import HEADER_BYTES, MANIFEST, SHARD_SUFFIXES, ShardEntry, ShardWriter, first_error, read_manifest
-from text.sources import Source
 from text.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 18  # text encoded at a time by one worker
@@ -79,6 +78,9 @@ class Earlier(BaseModel):
 
     files: list[Any] = []
     revision: str | None = None
+    column: str = "text"  # these three, too, decide the bytes, and were not always there
+    config: str | None = None
+    split: str | None = None
 
 
 class Unfinished(Earlier):
@@ -87,11 +89,11 @@ class Unfinished(Earlier):
     shards: list[FinishedShard] = []
 
 
-def read_batches(source: Source, start: Cursor) -> Generator[Batch, None, None]:
-    """The source's pieces from `start` on, in batches of about BATCH_CHARS that do not cross files."""
+def read_batches(source: Source, start: Cursor, column: str = "text") -> Generator[Batch, None, None]:
+    """The pieces of a source's `column` from `start` on, in batches of about BATCH_CHARS that do not cross files."""
     for file in range(start.file, len(source.files)):
         item = start.item if file == start.file else 0
-        with source.fetch(file) as path, closing(read_pieces(path)) as pieces:
+        with source.fetch(file) as path, closing(read_pieces(path, column)) as pieces:
             name, chars = source.files[file].name, 0
             batch = Batch(file, name, item, [])
             for piece in islice(pieces, item, None):

@@ -32,7 +32,8 @@ from core.console import new_folder
 from core.errors import UserError
 from core.measure import speedup, spread
 from prepare_fineweb import n_cores, parse_args, positive, prepare
-from text.corpus import demo_documents, read_pieces
+from text.corpus import read_pieces
+from text.demo import demo_documents
 from text.sources import open_source
 from text.tokenizer import load_tokenizer
 
