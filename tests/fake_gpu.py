@@ -1,4 +1,4 @@
-"""Each encoding on an H100 that is not there: what is wrong with it, as JSON. tests/test_codegen.py runs it.
+"""Each encoding on an H100 that is not there: what is wrong with it, as JSON. tests/test_fake_gpu.py runs it.
 
     python -m tests.fake_gpu eager rope cable                 train, evaluate and decode, of which there are but shapes
     python -m tests.fake_gpu bfloat16 rope cable              compile a micro-step and each kernel that Inductor writes for it
@@ -12,13 +12,13 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import SimpleNamespace
 from typing import Any
 
-from lab.bench.codegen import move, write_code
-from lab.bench.fake_cuda import pretend
+from tests.fake_cuda import pretend
 
 SHAPE = ["--n_head=4", "--n_embd=256", "--vocab_size=1024", "--block_size=192", "--micro_batch=2", "--tokens_per_step=384"]
 
@@ -103,6 +103,49 @@ def refuse_cpu() -> Any:
             return made
 
     return RefuseCPU()
+
+
+def write_code(cfg: Any, take: Callable[[Any, str], None], bf16: bool) -> Any:
+    """Call `take` with the graph of the forward pass and with that of the backward pass, and the code of each; → the model."""
+    import torch
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from model import GPT
+
+    def instead(graph: Any) -> Any:
+        """In place of compiling what was written and loading it."""
+        take(graph, graph.codegen()[0].value)
+        graph.cache_key = graph.cache_path = ""
+        graph.cache_linemap = []
+        return SimpleNamespace(call=lambda inputs: None, __file__="", recursively_apply_fns=None, runner=None, key="", path="")
+
+    for name in ("compile_to_module", "_compile_to_module"):
+        setattr(GraphLowering, name, instead)
+    torch.compiler.reset()
+    model = GPT(cfg)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        inductor.patch({"force_disable_caches": True, "triton.unique_kernel_names": False}),
+        functorch.patch(force_non_lazy_backward_lowering=True),
+        torch.autocast("cuda", torch.bfloat16, enabled=bf16),
+    ):
+        move(model)
+        ids = torch.empty((cfg.micro_batch, cfg.block_size), dtype=torch.int64, device="cuda")
+        torch.compile(model, dynamic=False, fullgraph=True)(ids, ids)
+    return model
+
+
+def move(model: Any) -> None:
+    """Give `model` parameters on the GPU, of which there are but shapes: `to` would have values to copy."""
+    import torch
+
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"))
 
 
 def kernels(cfg: Any, bf16: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from results/bench-*.json, results/gpu-bench*.json and results/codegen-*.json.
+"""The tables of docs/performance.md, from results/bench-*.json and results/gpu-bench*.json.
 
 python -m lab.bench.performance_report          # write them into the page
 """
@@ -167,41 +167,6 @@ def render_gpu() -> str:
     return "\n".join(parts)
 
 
-def estimated(name: str) -> dict[str, dict[str, Any]]:
-    """By encoding, what lab.bench.codegen wrote to results/codegen-NAME.json."""
-    return {one["encoding"]: one for one in json.loads((ROOT / f"results/codegen-{name}.json").read_text())["results"]}
-
-
-def render_codegen() -> str:
-    """A row per size and encoding, before and after, and per option; then a row per part of GPT-Small with RoPE."""
-
-    def row(name: str, one: dict[str, Any], rope: dict[str, Any], old: dict[str, Any] | None) -> list[str]:
-        was = {key: f"{old[key]:,.{digits}f} → " if old else "" for key, digits in forms.items()}
-        cells = [f"{was[key]}{one[key]:,.{digits}f}" for key, digits in forms.items()]
-        return [name, *cells, f"{rope['ms'] / one['ms']:.3f}"]
-
-    forms = {"launches": 0, "gb": 1, "ms": 1, "tokens_per_second": 0}
-    steps = []
-    for size in ("small", "tiny"):
-        before, after = estimated(f"{size}-before"), estimated(size)
-        rows = {f"GPT-{size.capitalize()}, {name}": (one, before[name]) for name, one in after.items()}
-        steps += [row(name, one, after["rope"], old) for name, (one, old) in rows.items()]
-    rope = estimated("small")["rope"]
-    for file, option in (("small-triton", "--kernel=triton"), ("small-bf16", "--residual=bfloat16")):
-        steps += [row(f"GPT-Small, {name}, `{option}`", one, rope, None) for name, one in estimated(file).items()]
-    before, after = (estimated(name)["rope"]["parts"] for name in ("small-before", "small"))
-    kept = list(forms.items())[:3]
-    parts = [
-        [part, *(f"{old[key]:.{digits}f} → {after[part][key]:.{digits}f}" for key, digits in kept)]
-        for part, old in before.items()
-    ]
-    of_steps = table(["micro-step", "launches", "GB", "ms", "tokens/s", "÷ RoPE"], steps)
-    of_parts = table(["GPT-Small, rope: part", "launches", "GB", "ms"], parts)
-    found = [json.loads((ROOT / f"results/codegen-{name}.json").read_text()) for name in ("small-before", "small")]
-    commits = " → ".join(one["git"][:7] for one in found)
-    return f"{of_steps}\n{of_parts}\n`{found[1]['command']}`, torch {found[1]['torch']}, commits {commits}.\n"
-
-
 def source(found: dict[str, Any]) -> str:
     """Command, machine, commit and n of a result."""
     machine = f"{found['device']}, {found['threads']} threads, torch {found['torch']}"
@@ -211,7 +176,7 @@ def source(found: dict[str, Any]) -> str:
 
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
-    return {"targets": render_targets(), "gpu": render_gpu(), "training": render_training(), "codegen": render_codegen()}
+    return {"targets": render_targets(), "gpu": render_gpu(), "training": render_training()}
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def load_guard() -> None:
     home = Path(spec.origin).parent
     if runpy.run_path(str(home / "version.py"))["cuda"]:
         raise UserError(
-            "lab.bench.codegen: this torch was built for CUDA and knows that there is no H100; its CPU build takes one"
+            "tests.fake_gpu: this torch was built for CUDA and knows that there is no H100; its CPU build takes one"
         )
     with TemporaryDirectory() as folder:
         source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
@@ -120,7 +120,7 @@ def load_guard() -> None:
         try:
             subprocess.run(words, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"lab.bench.codegen: needs a C++ compiler, as `make test` does ({error})") from None
+            raise UserError(f"tests.fake_gpu: needs a C++ compiler, as `make test` does ({error})") from None
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
