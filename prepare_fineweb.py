@@ -15,7 +15,6 @@ import argparse
 import os
 import platform
 import re
-import shutil
 import sys
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,13 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.console import CommandLine, given_path, remark
+from core.console import CommandLine, given_path
 from core.errors import UserError, command
 from core.files import locked, write_json
 from core.host import TO_LEAVE, signals_to
 from text.corpus import SUFFIXES, Source
 from text.pretokenized import FINEWEB_TOKENS, adopt
-from text.progress import gigabytes, progress_bar
+from text.progress import check_space, progress_bar
 from text.shards import MANIFEST, SHARD_SUFFIXES, read_manifest, scratch_in
 from text.sources import is_hub, open_source
 from text.token_stream import (
@@ -90,18 +89,14 @@ def prepare(job: Job) -> None:
                 files = [[file.name, file.size] for file in source.files]
                 refuse_other_work(job.out, earlier, {"files": files})
             if not finished:
-                job = replace(job, val_tokens=job.val_tokens or a_hundredth(job, source))
+                hundredth = expected_tokens(source, job.tokenizer, job.limit_tokens) // 100
+                job = replace(job, val_tokens=job.val_tokens or min(job.shard_tokens, max(1000, hundredth)))
                 terms = job.terms | {"revision": source.revision, "files": files}
                 write_folder(job, source, tokenizer, terms, intact(job.out, earlier.get("shards", [])))
             (job.out / PROGRESS).unlink(missing_ok=True)
             report(job.out, "finished already" if finished else "finished")
     except OSError as error:
         raise UserError(f"{error.filename or job.out}: {error.strerror or error}") from None
-
-
-def a_hundredth(job: Job, source: Source) -> int:
-    """The tokens of validation where none are asked for: about one of a hundred, at most a shard."""
-    return min(job.shard_tokens, max(1000, expected_tokens(source, job.tokenizer, job.limit_tokens) // 100))
 
 
 def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str, Any], shards: list[dict[str, Any]]) -> None:
@@ -113,7 +108,9 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
         )
     for leftover in job.out.glob(".*.tmp"):
         leftover.unlink()
-    expected = preflight(job, source, sum(shard["tokens"] for shard in shards))
+    expected = expected_tokens(source, job.tokenizer, job.limit_tokens)
+    need = 2 * max(0, expected - sum(shard["tokens"] for shard in shards)) + source.fetch_bytes  # one fetched file at a time
+    check_space(job.out, f"about {expected:,} tokens from {len(source.files)} files", need)
     with ShardFolder(job.out, terms, tokenizer.eot, shards) as folder, progress_bar(expected, folder.n_tokens) as bar:
         with closing(encode_in_order(read_batches(source, folder.end, job.column), tokenizer, job.workers)) as stream:
             for encoded in stream:
@@ -133,24 +130,6 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
     write_json(job.out / MANIFEST, manifest)
-
-
-def preflight(job: Job, source: Source, done: int) -> int:
-    """The tokens to expect, an estimate. Raises UserError if the disk is too small for what is not `done` of them."""
-    expected = expected_tokens(source, job.tokenizer, job.limit_tokens)
-    shard_bytes, free = 2 * max(0, expected - done), shutil.disk_usage(job.out).free
-    remark(
-        f"{job.out}: about {expected:,} tokens from {len(source.files)} files; needs {gigabytes(shard_bytes)} for shards"
-        + (f" and {gigabytes(source.fetch_bytes)} for a file at a time" if source.fetch_bytes else "")
-        + f", {gigabytes(free)} are free",
-        stdout=True,
-    )
-    if shard_bytes + source.fetch_bytes > free:
-        raise UserError(
-            f"{job.out}: too little space, about {gigabytes(shard_bytes + source.fetch_bytes)} are needed and "
-            f"{gigabytes(free)} free; make room, choose another --out or a smaller --limit_tokens"
-        )
-    return expected
 
 
 def expected_tokens(source: Source, tokenizer: str, limit_tokens: int | None) -> int:
@@ -212,37 +191,16 @@ def parse_args(argv: list[str]) -> Job:
         "of llm.c or nanoGPT or .npy files of build-nanogpt; GPT-2's tokens where no manifest.json says otherwise; what says "
         "val is validation, else the first",
     )  # fmt: skip
-    add(
-        "--out",
-        type=given_path,
-        metavar="FOLDER",
-        help="folder for the shards (default: data/fineweb-edu-10B, for the demo data/demo)",
-    )
+    add("--out", type=given_path, metavar="FOLDER", help="where the shards go (default: data/fineweb-edu-10B, demo data/demo)")
     add("--tokenizer", help=f"{' or '.join(TOKENIZERS)} (default: gpt2, for the demo bytes)")
+    of: dict[str, Any] = {"type": shard_size, "metavar": "N"}
+    add("--shard_tokens", **of, help="tokens per shard (default: 100_000_000, demo 1_000_000)")
     add(
-        "--shard_tokens",
-        type=shard_size,
-        metavar="N",
-        help="tokens per shard (default: 100_000_000, demo 1_000_000)",
+        "--val_tokens", **of, help="of validation (default: one in a hundred, at most a shard; of hf://… a shard, demo 200_000)"
     )
-    add(
-        "--val_tokens",
-        type=shard_size,
-        metavar="N",
-        help="tokens of validation (default: one in a hundred, at most shard_tokens; of hf://… shard_tokens, demo 200_000)",
-    )
-    add(
-        "--limit_tokens",
-        type=positive,
-        metavar="N",
-        help="stop after this many tokens in all, of shards after the one that has them (default: all)",
-    )
-    add(
-        "--workers",
-        type=positive,
-        metavar="N",
-        help=f"encoding threads (default: all cores, {n_cores()} here), or downloads at a time (default: {DOWNLOADS})",
-    )
+    of = {"type": positive, "metavar": "N"}
+    add("--limit_tokens", **of, help="stop after so many tokens in all, of shards after the one that has them (default: all)")
+    add("--workers", **of, help=f"encoding threads (default: all cores, {n_cores()} here) or downloads (default: {DOWNLOADS})")
     args = parser.parse_args([re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv])
     if args.pretokenized:
         return pretokenized_job(args)

@@ -154,11 +154,22 @@ def torchrun(n: int, *args: object, **kwargs) -> subprocess.CompletedProcess[str
     return run_command("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *args, **kwargs)
 
 
+class Child(subprocess.Popen[str]):
+    """A command that was started. A signal has reached its process, and not only the one that hands it on, on return."""
+
+    def send_signal(self, number: int) -> None:
+        server = str(ROOT / "tests/fork_server.py")
+        try:  # by the note beside the server's socket
+            os.kill(int(Path(f"{self.args[self.args.index(server) + 1]}.{self.pid}").read_text()), number)
+        except (FileNotFoundError, ProcessLookupError, ValueError):  # it is its own, or has not begun, or has ended
+            super().send_signal(number)
+
+
 def start_command(*args: object, real: bool = False, **kwargs) -> subprocess.Popen[str]:
     """Start a script of the repository in a process group of its own; stderr is captured. `real`: see command_line."""
     env = kwargs.pop("env", {})
     command, pipes = command_line(args, env, real), {"stderr": subprocess.PIPE, "text": True} | kwargs
-    return ends_with_the_test(subprocess.Popen(command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes))
+    return ends_with_the_test(Child(command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes))
 
 
 STARTED: list[subprocess.Popen[Any]] = []

@@ -41,6 +41,7 @@ exec {python} "$@"
 
 def ask(path: str, words: list[str]) -> NoReturn:
     """Have the server run `words`, hand on signals, and end as that process does."""
+    note = Path(f"{path}.{os.getpid()}")  # conftest.Child signals the process itself
     about = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "parent": os.getppid()}
     request = json.dumps(about).encode()
     with socket.socket(socket.AF_UNIX) as server:
@@ -49,10 +50,12 @@ def ask(path: str, words: list[str]) -> NoReturn:
         socket.send_fds(server, [NUMBER.pack(len(request))], [0, 1, 2])
         server.sendall(request)
         (child,) = NUMBER.unpack(server.recv(NUMBER.size))
+        note.write_text(str(child))
         for number in PASSED_ON:
             signal.signal(number, lambda number, _: os.kill(child, number))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         code = os.waitstatus_to_exitcode(*NUMBER.unpack(server.recv(NUMBER.size)))
+        note.unlink()
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from core.console import quiet, remark
+from core.console import quiet
 from core.errors import UserError
 from core.files import locked, put_in_place, sha256_file, write_json
 from text.corpus import SourceFile
 from text.hub import HUB, Dataset, HubFiles, difference, files_in_folder
-from text.progress import gigabytes
+from text.progress import check_space
 from text.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -273,7 +273,10 @@ def bring_all(
 ) -> list[dict[str, Any]]:
     """Bring every planned shard that `book` has not, then write the manifest; returns all of them."""
     todo = [p for p in planned if p.name not in book.shards]
-    check_space(source, planned, todo, book.out)
+    linked = [linkable(source.cached(source.files[p.file]), book.out) for p in todo]
+    need = sum(source.files[p.file].size for p, no_space in zip(todo, linked, strict=True) if not no_space)
+    tokens = sum(p.tokens for p in planned)
+    check_space(book.out, f"{tokens:,} tokens in {len(planned)} shards, {len(planned) - len(todo)} are there", need)
     try:
         book.write()
         (book.out / MANIFEST).unlink(missing_ok=True)  # a shard is damaged: until it is whole again the folder is unfinished
@@ -285,22 +288,6 @@ def bring_all(
         return book.finish([p.name for p in planned])
     finally:
         book.close()
-
-
-def check_space(source: HubShards | FolderShards, planned: list[Planned], todo: list[Planned], out: Path) -> None:
-    """Say what is to come. Raises UserError if the disk is too small for it."""
-    need = sum(0 if linkable(source.cached(source.files[p.file]), out) else source.files[p.file].size for p in todo)
-    tokens, free = sum(p.tokens for p in planned), shutil.disk_usage(out).free
-    remark(
-        f"{out}: {tokens:,} tokens in {len(planned)} shards, {len(planned) - len(todo)} are there; the rest needs "
-        f"{gigabytes(need)}, {gigabytes(free)} are free",
-        stdout=True,
-    )
-    if need > free:
-        raise UserError(
-            f"{out}: too little space, {gigabytes(need)} are needed and {gigabytes(free)} free; make room, choose another "
-            "--out or a smaller --limit_tokens"
-        )
 
 
 def linkable(path: Path | None, out: Path) -> bool:
