@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; on leaving, a folder that was made and stayed empty goes away.
+    """Make `folder` and keep other processes out of it; on leaving, folders that were made and stayed empty go away.
 
     The lock is the kernel's: it ends with its owner, however that ends. The file says who the owner is.
     Raises UserError, naming the owner, where another process holds it for `patience` seconds more, or for a folder that cannot
@@ -103,7 +103,7 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     path, deadline = folder / LOCK, time.monotonic() + patience
     while True:
         try:
-            made = not folder.exists()
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             opened = _open_in(folder)
         except OSError as error:
@@ -137,9 +137,9 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
             finally:
                 with suppress(PermissionError):  # on Windows, where what is open stays
                     path.unlink(missing_ok=True)
-                if made:
-                    with suppress(OSError):  # not empty
-                        folder.rmdir()
+                with suppress(OSError):  # not empty
+                    for path_made in made:
+                        path_made.rmdir()
             return
 
 

@@ -245,7 +245,12 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 def entry(path, data, checksums=True):
     """A file in the hub's listing; all but text lies in its large file storage."""
-    blob = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    blob = {
+        "type": "file",
+        "path": path,
+        "size": len(data),
+        "oid": hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest(),
+    }
     large = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return blob | ({"lfs": large} if checksums and not path.endswith((".md", ".json", ".txt")) else {})
 

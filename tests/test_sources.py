@@ -1,11 +1,14 @@
-"""prepare_fineweb.py --source OWNER/NAME, --config, --split, --column, and the formats that `datasets` reads."""
+"""prepare_fineweb.py --source OWNER/NAME, --config, --split, --column; csv, json, arrow and what save_to_disk writes."""
 
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -55,7 +58,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_formats_that_datasets_reads_give_their_texts(tmp_path, name):
+def test_each_format_gives_its_texts(tmp_path, name):
     WRITERS[name](tmp_path / name)
     texts = [piece.text for piece in read_pieces(tmp_path / name)]
     assert texts == ([text or "" for text in TEXTS] if "sv" in name else TEXTS)  # csv cannot say null
@@ -118,26 +121,65 @@ def test_what_save_to_disk_writes(tmp_path):
     assert "is no whole folder of save_to_disk" in error_of("--source", tmp_path / "one", *out)
 
 
+STREAM = io.BytesIO()
+with pa.ipc.new_stream(STREAM, pa.schema([("text", pa.string())])) as writer:
+    for rows in (["one"] * 50, ["two"] * 50):
+        writer.write_batch(pa.record_batch({"text": rows}))
+STREAM = STREAM.getvalue()
+TWICE = pa.ipc.new_file(sink := pa.BufferOutputStream(), schema := pa.schema([("text", pa.string())] * 2))
+TWICE.close()
+ROW = b'{"text": "x"}\n'
 BAD = {
-    "a.csv": (b"x\n", "cannot be read to its end"),
-    "b.csv": (b"text\n\xff\xfe\n", "cannot be read to its end"),
-    "a.json": (b'[{"text": "x"}', "cannot be read to its end"),
-    "b.json": (b'[{"text": 1}]', "its column 'text' holds int64, expected string"),
-    "c.json": (b'[{"text": "x"}, {"text": 2}]', "cannot be read to its end"),
-    "d.json": (b'[{"body": "x"}]', "has no column 'text'; its columns are body; --column NAME takes another"),
-    "a.arrow": (b"ARROW1", "cannot be read to its end"),
-    "a.json.gz": (b"no gzip", "cannot be read to its end"),
+    "a.csv": (b"x\ny\n", ": has no column 'text'; its columns are x; --column NAME takes another"),
+    "b.csv": (b"text\n\xff\xfe\n", ": cannot be read to its end ('utf-8' codec can't decode byte 0xff"),
+    "c.csv": (b"id,text\n1,hello, world\n2,b\n", ", line 2: has 3 fields, its header has 2"),
+    "d.csv": (b"text,id\na,1,\nb,2,\n", ", line 2: has 3 fields, its header has 2"),
+    "e.csv": (b'id,text\n1,"a\nb"\n31\n', ", line 4: has 1 fields, its header has 2"),
+    "f.csv": (b"text,text\nA0,B0\n", ": has 2 columns 'text'"),
+    "g.csv": (b'id,text\n1,"never closed\n', ", line 2: not to be read as csv (unexpected end of data)"),
+    "h.csv": (b"", ": has no column 'text'"),
+    "a.tsv": (b'id\ttext\n1\t"hello\n2\tworld', ", line 3: not to be read as csv"),
+    "a.json": (b'[{"text": "x"}', ": not JSON"),
+    "b.json": (b'[{"text": "x"}, {"text": 1}]', ", row 2: 'text' is int, expected a string or null"),
+    "c.json": (
+        b'[{"text": "x"}, {"txt": "lost"}]',
+        ", row 2: expected an object with a key 'text'; --column NAME takes another",
+    ),
+    "d.json": (b'["x"]', ", row 1: expected an object with a key 'text'"),
+    "f.json": (b'{"text":\n"x"}', ", line 1: not JSON"),
+    "a.arrow": (b"ARROW1", ": cannot be read to its end"),
+    "b.arrow": (STREAM[:-8], ": does not end where its data ends; it was cut"),
+    "c.arrow": (STREAM[: STREAM.index(b"two") - 200], ": "),
+    "d.arrow": (STREAM * 2, ": does not end where its data ends; it was cut, or more was added"),
+    "e.arrow": (STREAM.replace(b"oneone", b"\xff\xffeone", 1), ": cannot be read to its end"),
+    "f.arrow": (sink.getvalue().to_pybytes(), ": has 2 columns 'text'"),
+    "a.json.gz": (b"no gzip", ": cannot be read to its end"),
+    "b.jsonl.gz": (gzip.compress(ROW * 9000)[:-30], ": cannot be read to its end"),
+    "b.jsonl.bz2": (bz2.compress(ROW * 9000)[:-10], ": cannot be read to its end"),
+    "b.jsonl.xz": (lzma.compress(ROW * 9000)[:-30], ": cannot be read to its end"),
+    "b.jsonl.zst": (pa.compress(ROW * 9000, "zstd", asbytes=True)[:-4], ": cannot be read to its end"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_datasets_cannot_read_is_one_line_and_leaves_nothing(tmp_path, name, capfd):
+def test_what_cannot_be_read_is_one_line_and_leaves_nothing(tmp_path, name, capfd):
     content, expected = BAD[name]
     (tmp_path / name).write_bytes(content)
-    message = error_of("--source", tmp_path / name, "--out", tmp_path / "out", *SIZES)
-    assert message.startswith(f"{tmp_path / name}: ") and expected in message
-    assert not (tmp_path / "out").exists()
-    assert "Traceback" not in (err := capfd.readouterr().err) and "Failed" not in err
+    message = error_of("--source", tmp_path / name, "--out", tmp_path / "new" / "out", *SIZES)
+    assert message.startswith(f"{tmp_path / name}{expected}"), message
+    assert not (tmp_path / "new").exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_texts_that_look_like_something_else_stay_what_they_are(tmp_path):
+    """Other readers guess types by the block, and write a date anew."""
+    odd = ["2020-01-01T01:02:03Z", "1e22", "true", "5", "x\ud800y"]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "words"}] * 9 + [{"text": text, "other": 1} for text in odd]))
+    write_jsonl(tmp_path / "b.json", ["0123456789" * 1000] * 1200 + odd)
+    for name in ("a.json", "b.json"):
+        assert [piece.text for piece in read_pieces(tmp_path / name)][-5:] == odd
+    pq.write_table(pa.table({"a": [{"b": "inner"}] * 3, "a.b": ["flat"] * 3}), tmp_path / "c.parquet")
+    assert [piece.text for piece in read_pieces(tmp_path / "c.parquet", "a.b")] == ["flat"] * 3
 
 
 # ---- datasets on the hub
@@ -234,6 +276,8 @@ def test_a_dataset_with_a_script_is_taken_as_the_hub_converted_it(hub, by_name, 
     assert f"only the beginning of it; --source {address} takes that" in by_name("--config", "big", out="b")[2]
     assert "one of big partial-train, small test, small train" in by_name(out="b")[2]
     env = {**hub.env, "HF_HOME": str(tmp_path / "home")}
+    words = ("--source", f"who/words@{COMMIT}", "--config", "small", "--out", tmp_path / "b", *SIZES)
+    assert "has converted its newest revision only; leave out @" in run(*words, env=env)[2]
     rc, _, err = run("--source", address, "--out", tmp_path / "part", *SIZES, env=env)
     assert rc == 0, err
     assert read_shards(tmp_path / "part") == bytes_reference(SMALL[8], 500, 600)
@@ -249,16 +293,79 @@ def test_a_folder_of_the_same_name_goes_before_the_hub(tmp_path):
 
 def test_files_on_the_hub_that_are_no_text_are_refused(hub, by_name):
     hub.files = {"README.md": b"---\nconfigs:\n- config_name: default\n  data_files: a.tar\n---\n", "a.tar": b"x" * 9}
-    assert "a.tar: its name does not end in .parquet, .jsonl" in by_name()[2]
+    assert "a.tar: its name does not end in .parquet, .arrow" in by_name()[2]
     hub.files = {"README.md": b"words"}
     rc, _, err = by_name()
-    assert rc == 2 and err.startswith("error: who/words: which files it has")
+    assert rc == 2 and err.count("\n") == 1
+    assert err.startswith("error: who/words: no file or folder here has this name, and as a dataset on the hub: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "expected"),
+    [
+        ("sep: ';'", "a.csv", "sep = ';'"),
+        ("column_names: [id, text]", "a.csv", "names = ['id', 'text']"),
+        ("filters: [[id, <, 2]]", "a.parquet", "filters = "),
+    ],
+)
+def test_a_card_with_options_of_a_reader_is_refused(hub, by_name, tmp_path, option, name, expected):
+    content = b"id;text\n1;words\n" if name == "a.csv" else hub.files["data/test.parquet"]
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n  {option}\n---\n"
+    hub.files = {"README.md": card.encode(), name: content}
+    rc, _, err = by_name()
+    assert (rc, err.count("\n")) == (2, 1) and "its files are to be read with " in err and expected in err
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_revision_is_all_after_the_sign(hub, by_name, tmp_path):
+    env = {**hub.env, "HF_HOME": str(tmp_path / "home")}
+    for revision in ("main/data", "nowhere"):
+        rc, _, err = run("--source", f"who/words@{revision}", "--config=small", "--out", tmp_path / "data", *SIZES, env=env)
+        assert rc == 2 and not (tmp_path / "data").exists(), err
+    (tmp_path / "who/words").mkdir(parents=True)  # which the name with a revision is not
+    words = ("--source", f"who/words@{COMMIT}", "--config", "small", "--out", "data", *SIZES)
+    rc, _, err = run(*words, cwd=tmp_path, env=env)
+    assert rc == 0, err
+    assert read_shards(tmp_path / "data") == bytes_reference(EVERY, 500, 600)
+
+
+def test_what_the_cache_has_of_another_commit_is_taken_by_its_sha256_only(hub, by_name, tmp_path):
+    env = {**os.environ, **hub.env, "HF_HOME": str(tmp_path / "home")}
+    fetch = "from huggingface_hub import hf_hub_download as get; [get('who/words', n, repo_type='dataset') for n in {}]"
+    names = ["arrays/a.json", "data/small-0.parquet"]
+    subprocess.run([sys.executable, "-c", fetch.format(names)], env=env, check=True, capture_output=True)
+    (snapshot,) = (tmp_path / "home").rglob("snapshots/*")
+    snapshot.rename(snapshot.with_name("0" * 40))
+    (snapshot.parents[1] / "refs/main").write_text("0" * 40)
+    hub.files["arrays/a.json"] = hub.files["arrays/a.json"].replace(b"one", b"two")  # of the same size
+    hub.downloads.clear()
+    rc, _, err = by_name("--config", "arrays")
+    assert rc == 0, err
+    assert read_shards(tmp_path / "data") == bytes_reference([text and text.replace("one", "two") for text in TEXTS], 500, 600)
+    rc, _, err = by_name("--config", "small", out="small")
+    assert rc == 0, err
+    assert "data/small-0.parquet" not in hub.downloads and "data/small-1.parquet" in hub.downloads
+
+
+def test_a_wrong_bit_in_a_small_file_is_noticed(hub, by_name, tmp_path):
+    hub.faults["arrays/a.json"] = [Fault(corrupt=True)]
+    rc, _, err = by_name("--config", "arrays")
+    assert rc == 0, err
+    assert "the bytes that came do not have the hub's sha1; attempt 2" in err
+    assert read_shards(tmp_path / "data") == bytes_reference(TEXTS, 500, 600)
+
+
+def test_an_error_in_a_fetched_file_names_it_as_the_hub_does(hub, by_name):
+    hub.files["arrays/a.json"] = b'[{"txt": "lost"}]'
+    assert by_name("--config", "arrays")[2].splitlines()[-1].startswith("error: arrays/a.json, row 1: expected an object")
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--source", "demo", "--config", "x"], "--config x: goes with --source OWNER/NAME"),
+        (["--source", "demo", "--split", "x"], "--source demo: has neither splits nor columns"),
+        (["--source", "a.txt", "--column", "x"], "--column x: has no meaning for a.txt"),
         (["--source", "a.txt", "--config", "x"], "--config x: goes with --source OWNER/NAME"),
         (["--source", "hf://datasets/a/b/c", "--split", "x"], "--split x: goes with --source OWNER/NAME"),
         (["--source", "a.txt", "--split", "x"], "--split x: has no meaning for a.txt"),

@@ -1,19 +1,18 @@
-"""What a source of documents is, and documents out of its files.
+"""What a source of documents is, and documents out of its files, in bounded memory but for a json array.
 
-parquet, jsonl and txt are read by readers of ours, with bounded memory, twice as fast as by `datasets`, and a flipped bit is
-noticed; csv, json and arrow by `datasets`. A long document comes in pieces that encode to the same
-tokens as the whole, so that neither memory nor the number of workers is bound to the size of a document.
+`datasets` could read these formats, too. It guesses types: of a csv whose rows are wider than its header it takes another
+column, and a text that looks like a date becomes another text. A long document comes in pieces that encode to the same tokens
+as the whole, so that neither memory nor the number of workers is bound to the size of a document.
 """
 
-import glob
+import csv
 import io
 import json
+import lzma
 import re
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
 from core.errors import UserError
@@ -22,10 +21,12 @@ PIECE_CHARS = 1 << 18  # longer documents are cut
 PARQUET_BATCH_BYTES = 4 << 20  # text decoded at a time, where documents are of one length,
 BATCH_ROWS = 32  # and documents, for where a few are a thousand times as long as the others
 COMPRESSED_TEXT_RATIO = 3.0  # bytes of text per byte of English in gzip or zstd
-SUFFIX = re.compile(r"\.(parquet|jsonl|txt)((?<!parquet)(?:\.gz|\.zst))?$")  # what a folder stands for
-OTHER_SUFFIX = re.compile(r"\.(csv|tsv|json|arrow)((?<!arrow)(?:\.gz|\.bz2|\.xz|\.zst))?$")  # what is taken where it is named
-SUFFIXES = ".parquet, .jsonl[.gz|.zst], .txt[.gz|.zst], .csv, .tsv, .json or .arrow"
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+SUFFIX = re.compile(r"\.(parquet|arrow|jsonl|json|csv|tsv|txt)((?<!parquet|..arrow)(?:\.gz|\.bz2|\.xz|\.zst))?$")
+IN_FOLDERS = re.compile(r"\.(parquet|jsonl|txt)((?<!parquet)(?:\.gz|\.zst))?$")  # json and csv are often about the texts
+SUFFIXES = ".parquet, .arrow, or .jsonl, .json, .csv, .tsv, .txt[.gz|.bz2|.xz|.zst]"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of arrow's streaming format
+csv.field_size_limit(1 << 40)
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
 
 
@@ -35,7 +36,8 @@ class SourceFile(NamedTuple):
     name: str
     size: int
     text_bytes: int
-    sha256: str | None = None  # in hex, where the hub tells it
+    sha256: str | None = None  # in hex, where the hub tells it,
+    git_sha1: str | None = None  # or this
 
 
 class Source(Protocol):
@@ -61,19 +63,20 @@ class Piece(NamedTuple):
 
 def is_text(name: str) -> bool:
     """Whether a file of this name can be read here."""
-    return bool(SUFFIX.search(name) or OTHER_SUFFIX.search(name))
+    return bool(SUFFIX.search(name))
 
 
 def read_pieces(path: Path, column: str = "text") -> Generator[Piece, None, None]:
     """The documents in `column` of a local file (a txt file is one), in order, in pieces.
 
-    Raises UserError naming the file, and the line in a jsonl.
+    Raises UserError naming the file, and the line where it has lines.
     """
-    (kind,) = [match[1] for match in (SUFFIX.search(path.name), OTHER_SUFFIX.search(path.name)) if match]
-    if kind == "txt":
+    match = SUFFIX.search(path.name)
+    assert match
+    if match[1] == "txt":
         yield from cut(_read_txt(path))
         return
-    read = {"parquet": _read_parquet, "jsonl": _read_jsonl}.get(kind, partial(_read_by_datasets, kind=kind))
+    read = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json, "jsonl": _read_jsonl}.get(match[1], _read_csv)
     for text in read(path, column):
         if text is None or len(text) <= PIECE_CHARS:
             yield Piece(text, True)
@@ -114,15 +117,20 @@ def _check_column(path: Path, column: str, schema: Any) -> None:  # pyarrow.Sche
     """Raise UserError unless `schema` has one `column` of strings."""
     import pyarrow as pa
 
-    if (count := schema.names.count(column)) != 1:
-        here = f"has {count} columns {column!r}" if count else f"has no column {column!r}"
-        raise UserError(f"{path}: {here}; its columns are {', '.join(schema.names)}; --column NAME takes another")
+    _check_names(path, column, schema.names)
     kind = stored = schema.field(column).type
     if pa.types.is_dictionary(kind):
         stored = kind.value_type
     allowed = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     if not any(is_one(stored) for is_one in allowed):
         raise UserError(f"{path}: its column {column!r} holds {kind}, expected string")
+
+
+def _check_names(path: Path, column: str, names: list[str]) -> None:
+    """Raise UserError unless `column` is once among the names of a file's columns."""
+    if (count := names.count(column)) != 1:
+        here = f"has {count} columns {column!r}" if count else f"has no column {column!r}"
+        raise UserError(f"{path}: {here}; its columns are {', '.join(names)}; --column NAME takes another")
 
 
 def text_bytes(path: Path, column: str = "text") -> int:
@@ -148,45 +156,43 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
         rows = min(BATCH_ROWS, max(1, PARQUET_BATCH_BYTES // row_bytes))
         try:
             for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
-                yield from batch.column(0).to_pylist()
+                yield from batch.column(column).to_pylist()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read to its end ({one_line(error)})") from None
 
 
-def _read_by_datasets(path: Path, column: str, kind: str) -> Iterator[str | None]:
-    """Rows of a csv, tsv, json or arrow file; one json array is in memory as a whole."""
-    import datasets
+def _read_arrow(path: Path, column: str) -> Iterator[str | None]:
+    """Rows of arrow's file format, or of its streaming format, in which `datasets` saves."""
+    import pyarrow as pa
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is said by its error
-    as_text = {"features": datasets.Features({column: datasets.Value("string")}), "usecols": [column], "keep_default_na": False}
-    name, options = {
-        "csv": ("csv", as_text),  # "007" and "NA" stay what they are
-        "tsv": ("csv", as_text | {"sep": "\t"}),
-        "json": ("json", {"on_mixed_types": None, "parse_agent_traces": False}),  # else a number among texts quotes them all
-        "arrow": ("arrow", {}),
-    }[kind]
     try:
-        with TemporaryDirectory() as cache:
-            found = {"data_files": glob.escape(str(path.absolute())), "split": "train"}
-            rows = datasets.load_dataset(name, **found, streaming=True, cache_dir=cache, **options)
-            for table in rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
-                _check_column(path, column, table.schema)
-                yield from table.column(column).to_pylist()
-    except UserError:
-        raise
-    except Exception as error:  # of pandas, of pyarrow, of datasets
+        with open(path, "rb") as raw, pa.memory_map(str(path)) as file:
+            is_stream = raw.read(6) != b"ARROW1"
+            opened = pa.ipc.open_stream if is_stream else pa.ipc.open_file
+            schema = opened(file).schema
+            _check_column(path, column, schema)
+            file.seek(0)
+            reader = opened(file, options=pa.ipc.IpcReadOptions(included_fields=[schema.names.index(column)]))
+            batches = iter(reader) if is_stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
+            for batch in batches:
+                batch.validate(full=True)
+                yield from batch.column(0).to_pylist()
+            raw.seek(max(0, path.stat().st_size - 8))
+            if is_stream and (raw.read() != END_OF_STREAM or file.tell() != file.size()):
+                raise UserError(f"{path}: does not end where its data ends; it was cut, or more was added")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read to its end ({one_line(error)})") from None
 
 
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a plain, .gz or .zst file."""
+    """The bytes of a file, decompressed by its suffix."""
     import pyarrow as pa
 
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
+        with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(str(path), compression="detect") as stream:
             yield io.BufferedReader(stream, 1 << 20)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read to its end ({one_line(error)})") from None
 
 
@@ -200,17 +206,54 @@ def _read_txt(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path, column: str) -> Iterator[str | None]:
     with _open_bytes(path) as file:
         for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not JSON ({one_line(error)})") from None
-            if not isinstance(row, dict) or column not in row:
-                raise UserError(f"{path}, line {number}: expected an object with a key {column!r}; --column NAME takes another")
-            if not isinstance(row[column], str | None):
-                raise UserError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, expected a string or null")
-            yield row[column]
+            if not line.isspace():
+                yield _text_of(_parsed(line, f"{path}, line {number}"), column, f"{path}, line {number}")
+
+
+def _read_json(path: Path, column: str) -> Iterator[str | None]:
+    """Rows of one array, which is in memory as a whole; what does not begin like one is read as lines."""
+    with _open_bytes(path) as file:
+        if not file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            rows = None
+        else:
+            rows = _parsed(file.read(), str(path))
+    if rows is None:
+        yield from _read_jsonl(path, column)
+    for number, row in enumerate(rows or (), 1):
+        yield _text_of(row, column, f"{path}, row {number}")
+
+
+def _parsed(raw: bytes, place: str) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({one_line(error)})") from None
+
+
+def _text_of(row: Any, column: str, place: str) -> str | None:
+    if not isinstance(row, dict) or column not in row:
+        raise UserError(f"{place}: expected an object with a key {column!r}; --column NAME takes another")
+    if not isinstance(row[column], str | None):
+        raise UserError(f"{place}: {column!r} is {type(row[column]).__name__}, expected a string or null")
+    return row[column]
+
+
+def _read_csv(path: Path, column: str) -> Iterator[str | None]:
+    """Fields of a csv or tsv under its header; a row of another width is refused, as where a comma is not quoted."""
+    delimiter = "\t" if ".tsv" in path.suffixes[-2:] else ","
+    with _open_bytes(path) as file:
+        rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+        try:
+            names = next(rows, [])
+            _check_names(path, column, names)
+            at = names.index(column)
+            for row in rows:
+                if row and len(row) != len(names):
+                    raise UserError(f"{path}, line {rows.line_num}: has {len(row)} fields, its header has {len(names)}")
+                if row:
+                    yield row[at]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: not to be read as csv ({error})") from None
 
 
 def one_line(error: BaseException) -> str:

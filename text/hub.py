@@ -4,18 +4,19 @@
 the size and the sha256 that the hub tells.
 """
 
+import dataclasses
 import functools
+import hashlib
 import json
-import os
 import re
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -30,38 +31,42 @@ HUB = re.compile(
 )
 CONVERTED = "refs/convert/parquet"  # the branch into which the hub converts datasets of other formats
 PARQUET_TEXT_RATIO = 1.6  # bytes of text per byte of FineWeb's zstd parquet files, their other columns included
-ATTEMPTS = 5  # before a request is given up; within one, huggingface_hub waits out busy hubs and goes on with broken downloads
+ATTEMPTS = 5  # before a request is given up,
+ATTEMPTS_OF_FIVE = 2  # and one within which huggingface_hub itself tries five times
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds before the next: doubled each time, or longer where the hub says so
 PATHS_AT_A_TIME = 500  # that are asked for
+NO_NAMES = '<>:"|?*\\'  # of files, on Windows, and for huggingface_hub
 
 
 class BadAnswer(Exception):
     """The hub sent something else than the file that was asked for."""
 
 
-class Dataset(NamedTuple):
-    """A dataset repository, or a folder of it; errors call it `where`, as `option` of the command line named it."""
+class Dataset:
+    """A dataset repository, or a folder of it; errors call it `where`, as `option` of the command line named it.
 
-    where: str
-    option: str
-    name: str
-    revision: str
-    folder: str | None
+    `stopped` ends what other threads ask for.
+    """
+
+    def __init__(self, where: str, option: str, name: str, revision: str | None, folder: str | None = None) -> None:
+        self.where, self.option, self.name, self.revision, self.folder = where, option, name, revision or "main", folder
+        self.stopped = threading.Event()
 
     @classmethod
-    def of(cls, where: str, option: str = "--source", revision: str | None = None) -> "Dataset":
+    def at(cls, where: str, option: str = "--source", revision: str | None = None) -> "Dataset":
         """[hf://datasets/]OWNER/NAME[@REVISION][/FOLDER]; `revision` goes before its own. Raises UserError."""
         if not (match := HUB.fullmatch(where)):
             raise UserError(f"{option} {where}: expected hf://datasets/OWNER/NAME[@REVISION][/FOLDER] or OWNER/NAME[@REVISION]")
-        return cls(where, option, match["name"], revision or match["revision"] or "main", match["folder"])
+        return cls(where, option, match["name"], revision or match["revision"], match["folder"])
 
-    def ask(self, what: str, request: Callable[[], T], folder: Path | None = None) -> T:
+    def ask(self, what: str, request: Callable[[], T], folder: Path | None = None, attempts: int = 0) -> T:
         """What `request` returns; after a failure that may pass it is made again, a little later each time.
 
         Raises UserError, naming `what`, or the `folder` that is written to where the disk is the fault.
         """
-        limit_silence()
-        for attempt in range(1, ATTEMPTS + 1):
+        be_quick_and_quiet()
+        attempts = attempts or ATTEMPTS
+        for attempt in range(1, attempts + 1):
             try:
                 return request()
             except UserError:
@@ -70,22 +75,25 @@ class Dataset(NamedTuple):
                 if isinstance(error, OSError) and error.errno:  # not the hub's: the disk is full, HF_HOME unreadable
                     raise UserError(f"{error.filename or folder or what}: {error.strerror}") from None
                 reason, wait = failure(error, attempt)
-            if wait is None or attempt == ATTEMPTS:
-                tried = f", in {ATTEMPTS} attempts; start the same command again later to go on" if wait else ""
+            if wait is None or attempt == attempts:
+                tried = f", in {attempts} attempts; start the same command again later to go on" if wait else ""
                 raise UserError(
                     f"{self.where}: {what}: {reason}{tried} - for a gated dataset set HF_TOKEN, for a mirror HF_ENDPOINT, to "
                     f"use what HF_HOME has cached HF_HUB_OFFLINE=1; or give {self.option} local files"
                 )
-            tqdm.write(f"{what}: {reason}; attempt {attempt + 1} of {ATTEMPTS} in {wait:g} s", file=sys.stderr)
-            time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+            tqdm.write(f"{what}: {reason}; attempt {attempt + 1} of {attempts} in {wait:g} s", file=sys.stderr)
+            if self.stopped.wait(wait):
+                break
+        raise UserError(f"{what}: stopped")
 
 
 @functools.cache
-def limit_silence() -> None:
-    """Have huggingface_hub give up a silent hub also where it would wait for ever, and show bars where ours are shown."""
+def be_quick_and_quiet() -> None:
+    """Have huggingface_hub give up a silent hub also where it would wait for ever; its bars and warnings are where ours are."""
     from huggingface_hub import constants, get_session, set_client_factory
-    from huggingface_hub.utils import disable_progress_bars, httpx
+    from huggingface_hub.utils import disable_progress_bars, httpx, logging
+
+    logging.set_verbosity_error()
 
     def limit(request: Any) -> None:  # httpx.Request
         if not any(request.extensions.get("timeout", {}).values()):
@@ -142,7 +150,7 @@ def files_in_folder(dataset: Dataset, wanted: Callable[[str], bool]) -> tuple[st
         return root.name, sorted(source_file(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     commit = dataset.ask(what, partial(HfApi().repo_info, dataset.name, revision=dataset.revision, **kind)).sha
     ask_tree = partial(HfApi().list_repo_tree, dataset.name, dataset.folder, recursive=True, revision=commit, **kind)
-    tree = dataset.ask(f"the files of {what}", lambda: list(ask_tree()))
+    tree = dataset.ask(f"the files of {what}", lambda: list(ask_tree()), attempts=ATTEMPTS_OF_FIVE)
     return commit, sorted(file_of(entry) for entry in tree if isinstance(entry, RepoFile) and wanted(Path(entry.path).name))
 
 
@@ -166,7 +174,8 @@ def files_of_split(dataset: Dataset, config: str | None, split: str) -> tuple[st
 
     Where a script of the dataset says which they are, those into which the hub has converted it.
     """
-    files = dataset.ask("which files it has, as a dataset on the hub", partial(_data_files, dataset, config))
+    what = "no file or folder here has this name, and as a dataset on the hub"
+    files = dataset.ask(what, partial(_data_files, dataset, config), attempts=ATTEMPTS_OF_FIVE)
     if files is None:
         return converted_files(dataset, config, split)
     if split not in files:
@@ -184,28 +193,46 @@ def files_of_split(dataset: Dataset, config: str | None, split: str) -> tuple[st
 
 
 def _data_files(dataset: Dataset, config: str | None) -> dict[str, list[str]] | None:
-    """Addresses of the files of each split; None where a script would say it. Raises UserError for an unknown config."""
+    """Addresses of the files of each split; None where a script would say it.
+
+    Raises UserError for an unknown config, or one with options of a reader (a csv without a header, say), which are not ours.
+    """
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     revision = None if dataset.revision == "main" else dataset.revision
     with TemporaryDirectory() as cache:
         try:
-            builder = datasets.load_dataset_builder(dataset.name, config, revision=revision, cache_dir=cache)
-        except json.JSONDecodeError:
-            raise
-        except ValueError as error:  # no such config, or one of several has to be named
-            said = one_line(error).partition(" Example of usage")[0]
-            raise UserError(f"{dataset.option} {dataset.where}: {said}; --config takes one") from None
-        except RuntimeError as error:
+            builder = datasets.load_dataset_builder(f"hf://datasets/{dataset.name}", config, revision=revision, cache_dir=cache)
+        except (ValueError, RuntimeError) as error:
             if "scripts are no longer supported" in str(error):
                 return None
-            raise
-    return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+            if not re.match("BuilderConfig|Config name", str(error)):
+                raise
+            said = one_line(error).partition(" Example of usage")[0]
+            raise UserError(f"{dataset.option} {dataset.where}: {said}; --config takes one") from None
+    of_all = {field.name for field in dataclasses.fields(datasets.BuilderConfig)} | {"features", "columns", "batch_size"}
+    usual = type(builder.config)()
+    options = {name: value for name, value in vars(builder.config).items() if name not in of_all and value != vars(usual)[name]}
+    files = {str(split): [str(file) for file in some] for split, some in (builder.config.data_files or {}).items()}
+    if options == {"sep": "\t"} and all(".tsv" in Path(file).suffixes[-2:] for some in files.values() for file in some):
+        options = {}
+    if options:
+        said = ", ".join(f"{name} = {value!r}" for name, value in options.items())
+        raise UserError(
+            f"{dataset.where}: its files are to be read with {said}, which is not possible here; fetch and convert them"
+        )
+    return files
 
 
 def converted_files(dataset: Dataset, config: str | None, split: str) -> tuple[str, list[SourceFile]]:
     """The commit and the parquet files into which the hub has converted a split: CONFIG/SPLIT/*.parquet. Raises UserError."""
-    branch = dataset._replace(revision=CONVERTED, folder=None)
+    if dataset.revision != "main":
+        raise UserError(
+            f"{dataset.where}: a script says which files it has, and the hub has converted its newest revision only; leave out "
+            f"@{dataset.revision}, or give {dataset.option} local files"
+        )
+    branch = Dataset(dataset.where, dataset.option, dataset.name, CONVERTED)
     commit, files = files_in_folder(branch, lambda name: name.endswith(".parquet"))
     splits: dict[tuple[str, str], list[SourceFile]] = {}
     for file in files:
@@ -218,22 +245,24 @@ def converted_files(dataset: Dataset, config: str | None, split: str) -> tuple[s
     part = f"hf://datasets/{dataset.name}@{CONVERTED}/{chosen}/partial-{split}"
     if (chosen, f"partial-{split}") in splits:
         raise UserError(f"{dataset.where}: the hub has converted only the beginning of it; {dataset.option} {part} takes that")
-    have = ", ".join(" ".join(key) for key in sorted(splits)) or "none"
+    if not splits:
+        raise UserError(f"{dataset.where}: a script says which files it has, and the hub has not converted them")
+    have = ", ".join(" ".join(key) for key in sorted(splits))
     raise UserError(f"{dataset.where}: no such config and split; --config and --split take one of {have}")
 
 
 def file_of(entry: Any) -> SourceFile:  # huggingface_hub.RepoFile
     """A file as the hub tells it."""
-    return source_file(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
+    return source_file(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id)
 
 
-def source_file(name: str, size: int, sha256: str | None = None) -> SourceFile:
-    """A file of this name and size. Raises UserError for a name that would lead out of a folder."""
-    if ".." in Path(name).parts or not name.isprintable():
-        raise UserError(f"{name!r}: is no name for a file of a dataset")
+def source_file(name: str, size: int, sha256: str | None = None, git_sha1: str | None = None) -> SourceFile:
+    """A file of this name and size. Raises UserError for a name that would lead out of a folder, or is none everywhere."""
+    if ".." in Path(name).parts or not name.isprintable() or set(name) & set(NO_NAMES):
+        raise UserError(f"{name!r}: a file of this name cannot be fetched; rename it, or give local files")
     suffix = Path(name).suffix
     ratio = PARQUET_TEXT_RATIO if suffix == ".parquet" else COMPRESSED_TEXT_RATIO if suffix in COMPRESSED else 1
-    return SourceFile(name, size, int(ratio * size), sha256)
+    return SourceFile(name, size, int(ratio * size), sha256, git_sha1)
 
 
 class HubFiles:
@@ -247,13 +276,17 @@ class HubFiles:
         self.fetch_bytes = max((file.size for file in files if not self.cached(file)), default=0)
 
     def cached(self, file: SourceFile) -> Path | None:
-        """Where the file lies in the user's cache, of the right size; its sha256 is not looked at."""
-        from huggingface_hub import try_to_load_from_cache
+        """Where the file lies in the user's cache, of the right size; its sha256 is not computed.
 
-        for revision in (self.revision, "main"):  # data files seldom change between commits
-            path = try_to_load_from_cache(self.dataset.name, file.name, repo_type="dataset", revision=revision)
-            if isinstance(path, str) and os.path.getsize(path) == file.size:
-                return Path(path)
+        That of another commit is taken where the cache names its content by the same sha256: data files seldom change.
+        """
+        from huggingface_hub import constants
+
+        for commit in Path(constants.HF_HUB_CACHE, f"datasets--{self.dataset.name.replace('/', '--')}", "snapshots").glob("*"):
+            found = commit / file.name
+            same = found.is_file() and found.stat().st_size == file.size
+            if same and (commit.name == self.revision or found.resolve().name == file.sha256):
+                return found
         return None
 
     @contextmanager
@@ -289,4 +322,8 @@ def difference(path: Path, file: SourceFile) -> str | None:
         return f"{size:,} bytes came instead of {file.size:,}"
     if file.sha256 and sha256_file(path) != file.sha256:
         return "the bytes that came do not have the hub's sha256"
+    if file.git_sha1:  # of a small file
+        raw = path.read_bytes()
+        if hashlib.sha1(b"blob %d\0%b" % (len(raw), raw), usedforsecurity=False).hexdigest() != file.git_sha1:
+            return "the bytes that came do not have the hub's sha1"
     return None

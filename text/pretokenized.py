@@ -157,7 +157,7 @@ def open_source(where: str, scratch: Path, revision: str | None) -> HubShards | 
         return FolderShards(folder)
     if where[0] in "./~" or not HUB.fullmatch(where):
         raise UserError(f"--pretokenized {where}: no folder here, nor OWNER/NAME[@REVISION][/FOLDER] of a dataset on the hub")
-    dataset = Dataset.of(where, "--pretokenized", revision)
+    dataset = Dataset.at(where, "--pretokenized", revision)
     commit, files = files_in_folder(dataset, lambda name: name.endswith(SHARD_SUFFIXES) or name == MANIFEST)
     if all(file.name.endswith(MANIFEST) for file in files):
         raise UserError(f"--pretokenized {where}: no {' or '.join(SHARD_SUFFIXES)} files there")
@@ -287,6 +287,8 @@ def bring_all(
                 pass
         return book.finish([p.name for p in planned])
     finally:
+        if isinstance(source, HubShards):
+            source.dataset.stopped.set()
         book.close()
 
 

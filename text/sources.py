@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.console import given_path
 from core.errors import UserError
-from text.corpus import SUFFIX, SUFFIXES, Source, SourceFile, is_text, one_line, text_bytes
+from text.corpus import IN_FOLDERS, SUFFIXES, Source, SourceFile, is_text, one_line, text_bytes
 
 NAMED = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")  # OWNER/NAME[@REVISION]
 TRASH = {"$RECYCLE.BIN", "lost+found", "__MACOSX", "@eaDir"}  # those of Unix begin with a dot
@@ -30,6 +30,8 @@ def open_source(
     `names` are the hub's files where an earlier start has asked for them. Raises UserError for a missing, empty or unreadable
     source; nothing is written yet.
     """
+    if words == ["demo"] and (split or column != "text"):
+        raise UserError("--source demo: has neither splits nor columns")
     named = is_hub(words) and not words[0].startswith("hf://")
     if config and not named:
         raise UserError(f"--config {config}: goes with --source OWNER/NAME, a dataset on the hub; {' '.join(words)} has none")
@@ -43,13 +45,16 @@ def open_source(
         return LocalFiles(words, column, split)
     from text.hub import Dataset, HubFiles, files_in_folder, files_named, files_of_split
 
-    dataset = Dataset.of(words[0], revision=revision)
     if not named:
+        dataset = Dataset.at(words[0], revision=revision)
         commit, files = files_in_folder(dataset, lambda name: name.endswith(".parquet"))
-    elif revision and names:
-        commit, files = revision, files_named(dataset, revision, names)
     else:
-        commit, files = files_of_split(dataset, config, split or "train")
+        name, _, own = words[0].partition("@")
+        dataset = Dataset(words[0], "--source", name, own)
+        if revision and names:
+            commit, files = revision, files_named(dataset, revision, names)
+        else:
+            commit, files = files_of_split(dataset, config, split or "train")
     if not files:
         raise UserError(f"--source {words[0]}: no parquet files there; OWNER/NAME alone takes a dataset's files of any kind")
     return HubFiles(dataset, commit, files, scratch)
@@ -78,6 +83,8 @@ class LocalFiles:
         if split and not any((Path(word) / SAVED_SPLITS).exists() for word in saved):
             raise UserError(f"--split {split}: has no meaning for {' '.join(words)}; local files are taken as a whole")
         self.paths = [path for word in words for path in (saved_files(word, split) if word in saved else find(word))]
+        if column != "text" and all(".txt" in path.suffixes[-2:] for path in self.paths):
+            raise UserError(f"--column {column}: has no meaning for {' '.join(words)}, which are taken as a whole")
         self.files = [SourceFile(str(path), path.stat().st_size, text_bytes(path, column)) for path in self.paths]
 
     def fetch(self, index: int) -> AbstractContextManager[Path]:
@@ -126,6 +133,8 @@ def saved_files(folder: str, split: str | None) -> list[Path]:
         if (split := split or "train") not in saved:
             raise UserError(f"--source {folder}: has no split {split!r}; --split takes one of {', '.join(saved)}")
         saved = saved[split]
+    if not saved.cache_files:
+        raise UserError(f"--source {folder}: holds no rows")
     return [Path(one["filename"]) for one in saved.cache_files]
 
 
@@ -146,5 +155,5 @@ def texts_below(folder: Path, above: dict[tuple[int, int], Path]) -> Iterator[Pa
             continue
         if entry.is_dir():
             yield from texts_below(folder / entry.name, above | {key: folder})
-        elif SUFFIX.search(entry.name) or not (folder / entry.name).exists():  # what a link leads to may have been text
+        elif IN_FOLDERS.search(entry.name) or not (folder / entry.name).exists():  # what a link leads to may have been text
             yield folder / entry.name

@@ -6,18 +6,18 @@ Which pieces make a batch depends on where a start continues, the tokens do not.
 
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from threading import local
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
 from core.errors import UserError
 from core.files import write_json
@@ -71,12 +71,18 @@ class FinishedShard(ShardEntry):
     end: Cursor
 
 
+def _name_and_size(pair: list[Any]) -> list[Any]:
+    if [type(one) for one in pair] != [str, int]:
+        raise ValueError(f"{pair!r} is not the name and the size of a file")
+    return pair
+
+
 class Earlier(BaseModel):
     """What an earlier start's manifest and progress file say of how it would go on, besides its terms."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    files: list[Any] = []
+    files: list[Annotated[list[Any], AfterValidator(_name_and_size)]] = []
     revision: str | None = None
     column: str = "text"  # these three, too, decide the bytes, and were not always there
     config: str | None = None
@@ -93,8 +99,8 @@ def read_batches(source: Source, start: Cursor, column: str = "text") -> Generat
     """The pieces of a source's `column` from `start` on, in batches of about BATCH_CHARS that do not cross files."""
     for file in range(start.file, len(source.files)):
         item = start.item if file == start.file else 0
-        with source.fetch(file) as path, closing(read_pieces(path, column)) as pieces:
-            name, chars = source.files[file].name, 0
+        name, chars = source.files[file].name, 0
+        with source.fetch(file) as path, calling(path, name), closing(read_pieces(path, column)) as pieces:
             batch = Batch(file, name, item, [])
             for piece in islice(pieces, item, None):
                 batch.pieces.append(piece)
@@ -104,6 +110,15 @@ def read_batches(source: Source, start: Cursor, column: str = "text") -> Generat
                     batch, chars = Batch(file, name, batch.item + len(batch.pieces), []), 0
             if batch.pieces:
                 yield batch
+
+
+@contextmanager
+def calling(path: Path, name: str) -> Iterator[None]:
+    """Have errors call the file at `path` by its name in the source; a fetched file is gone when they are read."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), name)) from None
 
 
 def encode_in_order(
