@@ -182,7 +182,7 @@ def parse_args(argv: list[str]) -> Job:
         "FOLDER (HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are honored); or local files, folders and quoted patterns: "
         f"{SUFFIXES}, what save_to_disk writes (a txt file is one document); or demo (default: {FINEWEB})",
     )  # fmt: skip
-    add("--config", metavar="NAME", help="which of the dataset's configurations, as sample-10BT (default: its only one, or its default)")
+    add("--config", metavar="NAME", help="a configuration of the dataset, as sample-10BT (default: its only or default one)")
     add("--split", metavar="NAME", help="which split of the dataset on the hub, or of a save_to_disk folder (default: train)")
     add("--column", default="text", metavar="NAME", help="the column, or the key, that holds the text (default: text)")
     add(
