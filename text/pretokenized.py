@@ -24,7 +24,8 @@ from core.console import quiet
 from core.errors import UserError
 from core.files import locked, put_in_place, sha256_file, write_json
 from text.corpus import SourceFile
-from text.hub import HUB, Dataset, HubFiles, difference, files_in_folder
+from text.hub import HUB, Dataset, HubFiles, difference
+from text.listing import files_in_folder
 from text.progress import check_space
 from text.shards import (
     HEADER_BYTES,

@@ -43,7 +43,8 @@ def open_source(
         return DemoCorpus(scratch)
     if not is_hub(words):
         return LocalFiles(words, column, split)
-    from text.hub import Dataset, HubFiles, files_in_folder, files_named, files_of_split
+    from text.hub import Dataset, HubFiles
+    from text.listing import files_in_folder, files_named, files_of_split
 
     if not named:
         dataset = Dataset.at(words[0], revision=revision)
