@@ -110,6 +110,7 @@ def become(request: dict[str, Any], python: str) -> NoReturn:
     for number, file in enumerate(request["files"]):
         os.dup2(file, number)
         os.close(file)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started the tests
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
