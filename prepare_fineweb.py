@@ -46,7 +46,6 @@ FINEWEB = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # of English, to estimate with
 MAX_SHARD_TOKENS = 2**31 - 1  # the header counts in int32
 DOWNLOADS = 4  # at a time
-PACKAGES = ("numpy", "pyarrow", "tiktoken", "datasets")  # that the tokens may depend on
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
         "documents": sum(shard["documents"] for shard in folder.shards),
         "skipped": {"null": folder.end.null, "empty": folder.end.empty},
         "shards": [{key: value for key, value in shard.items() if key != "end"} for shard in folder.shards],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("numpy", "pyarrow", "tiktoken")},
     }
     write_json(job.out / MANIFEST, manifest)
 

@@ -99,6 +99,17 @@ def test_a_folder_made_before_there_was_a_choice_of_columns_is_known(tmp_path, c
     assert "column was text and is now body" in error_of(*args, "--column", "body")
 
 
+@pytest.mark.parametrize("wrong", [{"files": [["a.jsonl"]]}, {"files": [None]}, {"val_tokens": "many"}, {"column": 1}])
+def test_a_damaged_progress_file_is_one_line(tmp_path, wrong):
+    args = ["--source", write_jsonl(tmp_path / "a.jsonl", TEXTS), "--out", tmp_path / "out", *SIZES]
+    prepare(*args)
+    manifest = tmp_path / "out/manifest.json"
+    kept = json.loads(manifest.read_text()) | {"shards": []} | wrong
+    manifest.unlink()
+    (tmp_path / "out/.progress.json").write_text(json.dumps(kept))
+    assert f".progress.json: damaged ({next(iter(wrong))}" in error_of(*args)
+
+
 def test_what_save_to_disk_writes(tmp_path):
     whole, other = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list([{"text": "other words " * 100}] * 9)
     whole.filter(lambda row: row["id"] % 2).save_to_disk(tmp_path / "one", num_shards=3)

@@ -22,8 +22,8 @@ PARQUET_BATCH_BYTES = 4 << 20  # text decoded at a time, where documents are of 
 BATCH_ROWS = 32  # and documents, for where a few are a thousand times as long as the others
 COMPRESSED_TEXT_RATIO = 3.0  # bytes of text per byte of English in gzip or zstd
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-SUFFIX = re.compile(r"\.(parquet|arrow|jsonl|json|csv|tsv|txt)((?<!parquet|..arrow)(?:\.gz|\.bz2|\.xz|\.zst))?$")
-IN_FOLDERS = re.compile(r"\.(parquet|jsonl|txt)((?<!parquet)(?:\.gz|\.zst))?$")  # json and csv are often about the texts
+SUFFIX = re.compile(r"\.(?:(parquet|arrow)|(jsonl|json|csv|tsv|txt)(?:\.gz|\.bz2|\.xz|\.zst)?)$")
+IN_FOLDERS = re.compile(r"\.(?:parquet|(?:jsonl|txt)(?:\.gz|\.zst)?)$")  # json and csv are often about the texts
 SUFFIXES = ".parquet, .arrow, or .jsonl, .json, .csv, .tsv, .txt[.gz|.bz2|.xz|.zst]"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of arrow's streaming format
 csv.field_size_limit(1 << 40)
@@ -73,10 +73,11 @@ def read_pieces(path: Path, column: str = "text") -> Generator[Piece, None, None
     """
     match = SUFFIX.search(path.name)
     assert match
-    if match[1] == "txt":
+    kind = match[1] or match[2]
+    if kind == "txt":
         yield from cut(_read_txt(path))
         return
-    read = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json, "jsonl": _read_jsonl}.get(match[1], _read_csv)
+    read = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json, "jsonl": _read_jsonl}.get(kind, _read_csv)
     for text in read(path, column):
         if text is None or len(text) <= PIECE_CHARS:
             yield Piece(text, True)

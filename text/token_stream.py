@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from core.errors import UserError
 from core.files import write_json
@@ -84,7 +84,8 @@ class Earlier(BaseModel):
 
     files: list[Annotated[list[Any], AfterValidator(_name_and_size)]] = []
     revision: str | None = None
-    column: str = "text"  # these three, too, decide the bytes, and were not always there
+    val_tokens: PositiveInt | None = None
+    column: str = "text"  # this and the next two decide the bytes, too, and were not always there
     config: str | None = None
     split: str | None = None
 
