@@ -26,7 +26,7 @@ SUFFIX = re.compile(r"\.(?:(parquet|arrow)|(jsonl|json|csv|tsv|txt)(?:\.gz|\.bz2
 IN_FOLDERS = re.compile(r"\.(?:parquet|(?:jsonl|txt)(?:\.gz|\.zst)?)$")  # json and csv are often about the texts
 SUFFIXES = ".parquet, .arrow, or .jsonl, .json, .csv, .tsv, .txt[.gz|.bz2|.xz|.zst]"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of arrow's streaming format
-csv.field_size_limit(1 << 40)
+csv.field_size_limit(2**31 - 1)  # the most on any system
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
 
 
