@@ -83,8 +83,8 @@ def prepare(job: Job) -> None:
             refuse_other_work(job.out, earlier, job.terms)
             if not (finished and is_hub(job.source)):  # a finished folder pins the hub's revision, no need to ask
                 names = [name for name, _ in earlier.get("files", [])]
-                at = (scratch, earlier.get("revision"), job.column, job.config, job.split, names)
-                source = open_source(job.source, *at)
+                revision = earlier.get("revision")
+                source = open_source(job.source, scratch, revision, job.column, job.config, job.split, names)
                 files = [[file.name, file.size] for file in source.files]
                 refuse_other_work(job.out, earlier, {"files": files})
             if not finished:

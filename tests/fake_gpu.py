@@ -105,8 +105,8 @@ def refuse_cpu() -> Any:
     return RefuseCPU()
 
 
-def write_code(cfg: Any, take: Callable[[Any, str], None], bf16: bool) -> Any:
-    """Call `take` with the graph of the forward pass and with that of the backward pass, and the code of each; → the model."""
+def write_code(cfg: Any, take: Callable[[str], None], bf16: bool) -> None:
+    """Call `take` with the code of the forward pass and with that of the backward pass."""
     import torch
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
@@ -117,7 +117,7 @@ def write_code(cfg: Any, take: Callable[[Any, str], None], bf16: bool) -> Any:
 
     def instead(graph: Any) -> Any:
         """In place of compiling what was written and loading it."""
-        take(graph, graph.codegen()[0].value)
+        take(graph.codegen()[0].value)
         graph.cache_key = graph.cache_path = ""
         graph.cache_linemap = []
         return SimpleNamespace(call=lambda inputs: None, __file__="", recursively_apply_fns=None, runner=None, key="", path="")
@@ -135,7 +135,6 @@ def write_code(cfg: Any, take: Callable[[Any, str], None], bf16: bool) -> Any:
         move(model)
         ids = torch.empty((cfg.micro_batch, cfg.block_size), dtype=torch.int64, device="cuda")
         torch.compile(model, dynamic=False, fullgraph=True)(ids, ids)
-    return model
 
 
 def move(model: Any) -> None:
@@ -151,7 +150,7 @@ def move(model: Any) -> None:
 def kernels(cfg: Any, bf16: bool) -> Iterator[str]:
     """What is wrong with the kernels that Inductor writes for a micro-step of one layer."""
     codes: list[str] = []
-    write_code(cfg.model_copy(update={"n_layer": 1}), lambda _graph, code: codes.append(code), bf16)
+    write_code(cfg.model_copy(update={"n_layer": 1}), codes.append, bf16)
     for source in re.findall(r"async_compile\.triton\('\w+', '''\n(.*?)''', device_str='cuda'\)", "".join(codes), re.S):
         name = "".join(re.findall(r"'kernel_name': '(\w+?)(?:_\d+)?'", source)[:1])
         source = re.sub(r"'kernel_name': '\w+'", f"'kernel_name': '{name}'", source)

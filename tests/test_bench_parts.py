@@ -62,10 +62,10 @@ def test_loading_from_a_folder(corpus):
 def test_preparing(tmp_path):
     documents = ["Words in a row, <|endoftext|> among them. " * 20, None, "", "Short."] * 100
     write_parquet(tmp_path / "a.parquet", documents)
-    found = last_line("prepare", "--source", tmp_path / "a.parquet", "--rounds", 1, "--workers", 1, 2)
+    found = last_line("prepare", "--source", tmp_path / "a.parquet", "--rounds", 2, "--workers", 1, 2)
     assert SPREAD - {"n"} <= set(found)
     assert set(found["candidates"]) == {"alone", "ours-1", "ours-2", "pool-1", "pool-2", "apart-2"}
-    assert all(consistent(one, found["tokens"], 1) for one in found["candidates"].values())
+    assert all(consistent(one, found["tokens"], 2) for one in found["candidates"].values())
     assert all(one["peak_memory_bytes"] > 1e6 for one in found["candidates"].values())
     assert found["candidates"]["alone"]["ratio"] == 1 and set(found["ours_over_pool"]) == {"1", "2"}
     limited = last_line("prepare", "--source", tmp_path / "a.parquet", "--rounds", 1, "--workers", 1, "--limit_tokens", 5000)

@@ -32,7 +32,7 @@ def test_on_a_gpu_nothing_is_made_on_the_cpu_and_decoding_keeps_off_cudnn(steppe
 
 # Of encodings that compute alike, one
 COMPILED = [
-    "rope", "rope,kernel=triton", "comrope", "carope", "carope_hidden,kernel=triton", "seqpe", "t5",
+    "rope", "rope,kernel=triton", "xpos", "partial_rope", "comrope", "carope", "carope_hidden,kernel=triton", "seqpe", "t5",
     "fire", "cable", "cope", "urpe", "path",
 ]  # fmt: skip
 

@@ -1,8 +1,8 @@
 """What a source of documents is, and documents out of its files, in bounded memory but for a json array.
 
-`datasets` could read these formats, too. It guesses types: of a csv whose rows are wider than its header it takes another
-column, and a text that looks like a date becomes another text. A long document comes in pieces that encode to the same tokens
-as the whole, so that neither memory nor the number of workers is bound to the size of a document.
+`datasets` could read these formats, too, but it guesses types: in a csv whose rows are wider than its header it takes the wrong
+column, and it rewrites a text that looks like a date. A long document comes in pieces that encode to the same tokens as the
+whole, so that neither memory nor the number of workers is bound to the size of a document.
 """
 
 import csv
@@ -167,9 +167,10 @@ def _read_arrow(path: Path, column: str) -> Iterator[str | None]:
     import pyarrow as pa
 
     try:
-        with open(path, "rb") as raw, pa.memory_map(str(path)) as file:
-            is_stream = raw.read(6) != b"ARROW1"
+        with pa.memory_map(str(path)) as file:
+            is_stream = file.read(6) != b"ARROW1"
             opened = pa.ipc.open_stream if is_stream else pa.ipc.open_file
+            file.seek(0)
             schema = opened(file).schema
             _check_column(path, column, schema)
             file.seek(0)
@@ -178,8 +179,9 @@ def _read_arrow(path: Path, column: str) -> Iterator[str | None]:
             for batch in batches:
                 batch.validate(full=True)
                 yield from batch.column(0).to_pylist()
-            raw.seek(max(0, path.stat().st_size - 8))
-            if is_stream and (raw.read() != END_OF_STREAM or file.tell() != file.size()):
+            end = file.tell()
+            file.seek(max(0, file.size() - len(END_OF_STREAM)))
+            if is_stream and (end != file.size() or file.read() != END_OF_STREAM):
                 raise UserError(f"{path}: does not end where its data ends; it was cut, or more was added")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read to its end ({one_line(error)})") from None
@@ -208,35 +210,39 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str | None]:
     with _open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                yield _text_of(_parsed(line, f"{path}, line {number}"), column, f"{path}, line {number}")
+                yield _text_of(_parsed(line, path, "line", number), column, path, "line", number)
 
 
 def _read_json(path: Path, column: str) -> Iterator[str | None]:
     """Rows of one array, which is in memory as a whole; what does not begin like one is read as lines."""
     with _open_bytes(path) as file:
-        if not file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            rows = None
-        else:
-            rows = _parsed(file.read(), str(path))
-    if rows is None:
+        is_array = file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        rows = _parsed(file.read(), path) if is_array else []
+    if not is_array:
         yield from _read_jsonl(path, column)
-    for number, row in enumerate(rows or (), 1):
-        yield _text_of(row, column, f"{path}, row {number}")
+    for number, row in enumerate(rows, 1):
+        yield _text_of(row, column, path, "row", number)
 
 
-def _parsed(raw: bytes, place: str) -> Any:
+def _parsed(raw: bytes, *place: object) -> Any:
+    """The JSON in `raw`. Raises UserError, naming the `place`: a path, and "line" or "row" with its number."""
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({one_line(error)})") from None
+        raise UserError(f"{_name(*place)}: not JSON ({one_line(error)})") from None
 
 
-def _text_of(row: Any, column: str, place: str) -> str | None:
+def _text_of(row: Any, column: str, *place: object) -> str | None:
+    """The text of one row. Raises UserError, naming the `place` as `_parsed` does."""
     if not isinstance(row, dict) or column not in row:
-        raise UserError(f"{place}: expected an object with a key {column!r}; --column NAME takes another")
+        raise UserError(f"{_name(*place)}: expected an object with a key {column!r}; --column NAME takes another")
     if not isinstance(row[column], str | None):
-        raise UserError(f"{place}: {column!r} is {type(row[column]).__name__}, expected a string or null")
+        raise UserError(f"{_name(*place)}: {column!r} is {type(row[column]).__name__}, expected a string or null")
     return row[column]
+
+
+def _name(path: object, *number: object) -> str:
+    return ", ".join([str(path), *([" ".join(map(str, number))] if number else [])])
 
 
 def _read_csv(path: Path, column: str) -> Iterator[str | None]:

@@ -27,7 +27,7 @@ HUB = re.compile(
     r"(?:hf://datasets/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(?P<folder>.+?))?/*"
 )
 ATTEMPTS = 5  # before a request is given up,
-ATTEMPTS_OF_FIVE = 2  # and one within which huggingface_hub itself tries five times
+FEW_ATTEMPTS = 2  # and one that huggingface_hub itself repeats five times
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds before the next: doubled each time, or longer where the hub says so
 
 
@@ -57,7 +57,7 @@ class Dataset:
 
         Raises UserError, naming `what`, or the `folder` that is written to where the disk is the fault.
         """
-        be_quick_and_quiet()
+        configure_client()
         attempts = attempts or ATTEMPTS
         for attempt in range(1, attempts + 1):
             try:
@@ -81,8 +81,8 @@ class Dataset:
 
 
 @functools.cache
-def be_quick_and_quiet() -> None:
-    """Have huggingface_hub give up a silent hub also where it would wait for ever; its bars and warnings are where ours are."""
+def configure_client() -> None:
+    """Have huggingface_hub give up on a silent hub where it would wait forever, log errors only, and show bars where we do."""
     from huggingface_hub import constants, get_session, set_client_factory
     from huggingface_hub.utils import disable_progress_bars, httpx, logging
 
@@ -145,6 +145,10 @@ class HubFiles:
             if same and (commit.name == self.revision or found.resolve().name == file.sha256):
                 return found
         return None
+
+    def stop(self) -> None:
+        """Have no thread ask the hub again."""
+        self.dataset.stopped.set()
 
     @contextmanager
     def fetch(self, index: int) -> Iterator[Path]:

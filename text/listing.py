@@ -13,7 +13,7 @@ from typing import Any
 
 from core.errors import UserError
 from text.corpus import COMPRESSED, COMPRESSED_TEXT_RATIO, SUFFIXES, SourceFile, is_text, one_line
-from text.hub import ATTEMPTS_OF_FIVE, Dataset
+from text.hub import FEW_ATTEMPTS, Dataset
 
 CONVERTED = "refs/convert/parquet"  # the branch into which the hub converts datasets of other formats
 PARQUET_TEXT_RATIO = 1.6  # bytes of text per byte of FineWeb's zstd parquet files, their other columns included
@@ -37,7 +37,7 @@ def files_in_folder(dataset: Dataset, wanted: Callable[[str], bool]) -> tuple[st
         return root.name, sorted(source_file(path.relative_to(root).as_posix(), path.stat().st_size) for path in paths)
     commit = dataset.ask(what, partial(HfApi().repo_info, dataset.name, revision=dataset.revision, **kind)).sha
     ask_tree = partial(HfApi().list_repo_tree, dataset.name, dataset.folder, recursive=True, revision=commit, **kind)
-    tree = dataset.ask(f"the files of {what}", lambda: list(ask_tree()), attempts=ATTEMPTS_OF_FIVE)
+    tree = dataset.ask(f"the files of {what}", lambda: list(ask_tree()), attempts=FEW_ATTEMPTS)
     return commit, sorted(file_of(entry) for entry in tree if isinstance(entry, RepoFile) and wanted(Path(entry.path).name))
 
 
@@ -62,7 +62,7 @@ def files_of_split(dataset: Dataset, config: str | None, split: str) -> tuple[st
     Where a script of the dataset says which they are, those into which the hub has converted it.
     """
     what = "no file or folder here has this name, and as a dataset on the hub"
-    files = dataset.ask(what, partial(_data_files, dataset, config), attempts=ATTEMPTS_OF_FIVE)
+    files = dataset.ask(what, partial(_data_files, dataset, config), attempts=FEW_ATTEMPTS)
     if files is None:
         return converted_files(dataset, config, split)
     if split not in files:

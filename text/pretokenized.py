@@ -122,6 +122,9 @@ class FolderShards:
         """Nothing can be brought into a folder. Raises UserError."""
         raise UserError(f"{self.folder / self.files[index].name}: was changed while it was read")
 
+    def stop(self) -> None:
+        """Nothing is to be stopped."""
+
 
 def adopt(where: str, out: Path, limit_tokens: int | None, workers: int) -> None:
     """Make `out` a data folder of the shards at `where`, or bring what is missing or damaged of them. Raises UserError.
@@ -288,8 +291,7 @@ def bring_all(
                 pass
         return book.finish([p.name for p in planned])
     finally:
-        if isinstance(source, HubShards):
-            source.dataset.stopped.set()
+        source.stop()
         book.close()
 
 
