@@ -210,7 +210,9 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str | None]:
     with _open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
-                yield _text_of(_parsed(line, path, "line", number), column, path, "line", number)
+                row = _parsed(line, path, "line", number)
+                is_text_there = type(row) is dict and type(row.get(column)) is str  # as nearly always, and quickly seen
+                yield row[column] if is_text_there else _text_of(row, column, path, "line", number)
 
 
 def _read_json(path: Path, column: str) -> Iterator[str | None]:
