@@ -52,13 +52,13 @@ def log_ticks(axis: Any, values: Sequence[int]) -> None:
 
 def plain_log_y(axis: Any) -> None:
     """A logarithmic y axis with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     narrow = high / low < 30
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1,)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -72,13 +72,9 @@ def save(figure: Any, path: Path) -> None:
 
 
 def mark_training_length(axis: Any, lengths: set[int]) -> None:
-    """A vertical line at each training length."""
-    for length in sorted(lengths):
-        axis.axvline(length, **BASELINE)
-        axis.annotate(
-            "training length", (length, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points",
-            rotation=90, va="top", ha="left", fontsize=8,
-        )  # fmt: skip
+    """A vertical line at each training length, which the legend names once."""
+    for i, length in enumerate(sorted(lengths)):
+        axis.axvline(length, **BASELINE, label="_" * bool(i) + "training length")
 
 
 def draw_profiles(results: list[dict[str, Any]], path: Path) -> None:

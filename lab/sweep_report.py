@@ -17,12 +17,13 @@ from core.data import TokenStream
 from core.distributed import format_name, pick_device, pick_dtype
 from core.documents import Losses, load
 from core.errors import UserError
+from core.figures import panels, save
 from core.files import ROOT, write_blocks
 from core.fingerprint import source_of
 from core.provenance import git_version
 from core.results import FIELDS
 from core.sweep.plan import Entry
-from core.sweep.report import differences, draw, perplexities, summarize
+from core.sweep.report import differences, draw, draw_panel, perplexities, summarize
 from core.tables import mean_and_error, plus_minus, table
 from positional import ENCODINGS
 
@@ -220,10 +221,28 @@ def blocks() -> dict[str, str]:
     return {"lab": render(lab), "lab-again": render(again), "intervene": render_interventions(interventions), "lab-gpu": gpu}
 
 
+IN_README = ("rope", "carope", "carope_hidden", "alibi", "nope", "learned")
+
+
+def draw_findings(path: Path) -> None:
+    """The README's figure: the encodings that it speaks of, small on a CPU and larger on a GPU."""
+    figure, axes = panels(1, 2, width=5.2, height=4.0)
+    for axis, name in zip(axes.flat, ("lab-cpu", "lab-gpu"), strict=True):
+        found = json.loads((ROOT / f"results/{name}.json").read_text())
+        cfg, seeds = found["config"], max(r["n"] for r in found["summary"])
+        draw_panel(axis, found["summary"], IN_README, {cfg["block_size"]}, None)
+        size = f"{cfg['n_layer']} layers, width {cfg['n_embd']}, trained at {cfg['block_size']}"
+        axis.set_title(f"{size}: {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
+    axes[0, 0].set_ylabel("perplexity (a token is a byte)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    save(figure, path)
+
+
 def write_page() -> None:
-    """Put the tables into docs/findings.md, and the laboratory's figure beside the page."""
+    """Put the tables into docs/findings.md, and the figures of that page and of the README into docs/."""
     write_blocks(PAGE, blocks())
     draw_families(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
+    draw_findings(PAGE.parent / "carope-vs-rope.png")
 
 
 if __name__ == "__main__":

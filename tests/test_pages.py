@@ -161,7 +161,7 @@ def run_page(page: str, monkeypatch, capfd) -> None:
 
 
 def test_what_is_not_run_says_what_it_needs():
-    assert {kind for _, _, kind, _ in BLOCKS} <= {"sh", "python", "toml", "json"}, "write commands as sh"
+    assert {kind for _, _, kind, _ in BLOCKS} <= {"sh", "python", "toml", "json", "bibtex"}, "write commands as sh"
     for page, why_not, _, _ in BLOCKS:
         assert why_not is None or re.match("needs |hours", why_not), f"{page}: {why_not}"
     assert sum(text.count("<!-- not run: ") for text in PAGES.values()) == sum(why_not is not None for _, why_not, *_ in BLOCKS)

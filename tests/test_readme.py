@@ -1,6 +1,7 @@
 """The README: its encoding is one class, its numbers have a file behind them. Its commands run in test_pages.py."""
 
 import json
+import math
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT, run_command
 from core.files import sha256_file
 
 README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SCALE = [
     "--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=32", "--vocab_size=320", "--steps=2", "--warmup_steps=0",
@@ -69,10 +71,37 @@ def test_the_estimated_hours_are_those_of_the_dry_run():
     tiny, small = (hours_from(cfgs[0], 0, 2) for cfgs in sizes.values())
     total = {gpus: sum(hours_from(cfg, 0, gpus) for cfgs in sizes.values() for cfg in cfgs) for gpus in (1, 2, 8)}
     dollars = {gpus: f"${hours * gpus * Machine.dollars:.0f}" for gpus, hours in total.items()}
-    assert f"GPT-Tiny {tiny:.1f} hours a run, GPT-Small {small:.1f}, all eight {total[2]:.1f}, on two H200s" in README
+    assert f"GPT-Tiny {tiny:.1f} hours a run, GPT-Small {small:.1f}, all eight {total[2]:.1f}, on two H200s" in PROSE
+    assert f"(about {total[2]:.0f} hours on two H200s)" in PROSE
     assert (
-        f"{total[1]:.1f} on one, {total[8]:.1f} on eight ({dollars[1]} to {dollars[8]} at ${Machine.dollars:.2f} per" in README
+        f"{total[1]:.1f} on one, {total[8]:.1f} on eight ({dollars[1]} to {dollars[8]} at ${Machine.dollars:.2f} per" in PROSE
     )
+
+
+def test_the_findings_are_those_of_the_results():
+    from positional import ENCODINGS
+    from table1 import PAPER
+
+    def at(file: str, encoding: str, length: int) -> dict:
+        summary = json.loads((ROOT / file).read_text())["summary"]
+        return next(r for r in summary if (r["encoding"], r["length"]) == (encoding, length))
+
+    rope, hidden, carope = (at("results/lab-cpu.json", e, 256)["perplexity"] for e in ("rope", "carope_hidden", "carope"))
+    assert f"`carope_hidden`: perplexity {hidden:.1f} against {rope:.1f} at four times" in PROSE
+    assert f"(`carope`: {carope:.1f})" in PROSE
+    for encoding in (name for name in ENCODINGS if name.startswith("carope") and name != "carope_frozen"):
+        here = at("results/lab-cpu.json", encoding, 64)
+        assert abs(here["nll_difference"]) < here["nll_difference_stderr"] * here["n"] ** 0.5, "the seed-to-seed spread"
+
+    small, tiny = (
+        [math.log(PAPER[size, length]["rope"] / PAPER[size, length]["carope"]) for length in (512, 1024)]
+        for size in ("small", "tiny")
+    )
+    assert f"by {small[0]:.3f} and {tiny[0]:.3f} nats at the training length" in PROSE
+    assert f"by {tiny[1]:.1f} and {small[1]:.1f} nats at twice that length" in PROSE
+    gain = -at("results/lab-gpu.json", "carope", 1024)["nll_difference"]
+    assert f"the gain at twice the length is {gain:.3f} nats" in PROSE
+    assert f"has {len(ENCODINGS)} encodings to compare" in PROSE
 
 
 def test_every_measured_table_comes_from_its_file():
@@ -84,6 +113,11 @@ def test_every_measured_table_comes_from_its_file():
         report = json.loads((ROOT / file).read_text())
         assert {"command", "commit", "machine", "n", "seed", "results"} <= set(report)
         assert render(report["results"]).strip() == text.strip()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README))))
+def test_every_link_of_the_readme_leads_to_a_file(path):
+    assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("path", re.findall(r"`([\w/]+\.(?:py|toml|md|json))`", README))

@@ -64,25 +64,32 @@ def _by_length(title: str, summary: Sequence[Record], key: str, form: str, marke
 
 
 def draw(groups: Mapping[str, Sequence[Record]], trained_at: set[int], path: Path, baseline: str | None = None) -> None:
-    """Perplexity against length, a panel per group of summary records, a line per encoding; the baseline is called that."""
+    """Perplexity against length, a panel per group of summary records, a line per encoding; the baseline is named as such."""
     columns = 2 if len(groups) in (2, 4) else min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure, axes = panels(rows, columns, width=4.6, height=3.6, sharey=True)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis, (title, group) in zip(axes.flat, groups.items(), strict=False):
-        for i, encoding in enumerate(dict.fromkeys(r["encoding"] for r in group)):
-            points = [r for r in group if r["encoding"] == encoding and r["perplexity"]]
+        draw_panel(axis, group, list(dict.fromkeys(r["encoding"] for r in group)), trained_at, baseline)
+        axis.set_title(title)
+        axis.legend(fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("perplexity")
+    save(figure, path)
+
+
+def draw_panel(axis: Any, summary: Sequence[Record], shown: Sequence[str], trained_at: set[int], baseline: str | None) -> None:
+    """Perplexity against length, a line for each encoding of `shown` that the summary has; its place there is its style."""
+    for i, encoding in enumerate(shown):
+        points = [r for r in summary if r["encoding"] == encoding and r["perplexity"]]
+        if points:
             axis.errorbar(
                 [r["length"] for r in points], [r["perplexity"] for r in points],
                 [r["perplexity_stderr"] or 0 for r in points], capsize=2,
                 label=f"{encoding} (baseline)" if encoding == baseline else encoding, **line(i),
             )  # fmt: skip
-        log_ticks(axis, sorted(lengths_of(group)))
-        plain_log_y(axis)
-        mark_training_length(axis, trained_at)
-        axis.set(title=title, xlabel="length, tokens")
-        axis.legend(fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("perplexity")
-    save(figure, path)
+    log_ticks(axis, sorted(lengths_of(summary)))
+    plain_log_y(axis)
+    mark_training_length(axis, trained_at)
+    axis.set_xlabel("length, tokens")
