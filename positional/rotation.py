@@ -6,11 +6,18 @@ whose cosines and sines have gradients too, twice the time on a CPU, and twice t
 Shapes: B batch, T positions, H heads, D head width, F = D/2 rotary pairs.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def cos_sin_of_long(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, fp32, of `phase` in `widest`, radians: without whole turns fp32 holds its digits, and is faster."""
+    rest = (phase * (1 / math.tau)).frac().float() * math.tau
+    return rest.cos(), rest.sin()
 
 
 def turn_pairs(u_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -99,6 +99,6 @@ def rescale(encodings: list[PositionalEncoding], name: str, scaling: Scaling | N
         if not (isinstance(one, RoPE) and one.scalable):
             raise ValueError(
                 f"rope_scaling: encoding {name!r} does not turn queries and keys by phases that could be scaled; RoPE, "
-                "partial_rope and CARoPE do"
+                "HoPE, partial_rope and CARoPE do"
             )
         one.scaling, one.kernel = scaling, None

@@ -110,7 +110,7 @@ def test_decoding_with_a_cache_is_scaled_too_or_refused(kind):
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 def test_what_does_not_turn_by_phases_is_refused(encoding):
     model = build(encoding)
-    if encoding.startswith("carope") or encoding in ("rope", "rope_bf16pos", "partial_rope"):
+    if encoding.startswith("carope") or encoding in ("rope", "rope_bf16pos", "partial_rope", "hope"):
         rescale(model.encodings, encoding, SCALINGS["yarn"](2, 32))
         assert all(one.kernel is None and one.scaling for one in model.encodings)
     else:
