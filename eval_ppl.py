@@ -33,7 +33,7 @@ from core.config import Config
 from core.console import CommandLine, given_path, new_file
 from core.data import TokenStream
 from core.distributed import Distributed, format_name, pick_dtype
-from core.documents import PER_RUN, About, Documents, Losses, LossSums, find_documents, merge, refuse_other_documents
+from core.documents import Documents, Losses, LossSums, end_of_text, find_documents, merge, refuse_other_documents
 from core.errors import UserError, at_least, command
 from core.evaluate import Evaluation, evaluate
 from core.figures import draw_profiles
@@ -128,7 +128,9 @@ def evaluate_run(
     if stream.tokenizer != state.tokenizer:
         raise UserError(f"{stream.folder}: tokenized by {stream.tokenizer!r}, but {path} was trained on {state.tokenizer!r}")
     per_document = min_document_tokens is not None or keep is not None
-    documents = find_documents(stream, max_tokens, min_document_tokens) if per_document or stream.eot is not None else None
+    documents = (
+        find_documents(stream, max_tokens, min_document_tokens) if per_document or end_of_text(stream) is not None else None
+    )
     asked: dict[str, Any] = {
         "max_tokens": max_tokens, "min_document_tokens": min_document_tokens, "rope_scaling": rope_scaling, "scale": scale,
         "dtype": format_name(dist.dtype), "weights": state.sha256[MODEL],
@@ -137,7 +139,7 @@ def evaluate_run(
     questions = [Question(length=length, stride=stride or length, **asked) for length in lengths]
     results = [unanswered(question, model, state, folder, stream) for question in questions]
     if documents and keep is not None:
-        keep.append(losses_to_come(results, documents, stream.tokenizer, stride))
+        keep.append(Losses.of(results, documents, stream.tokenizer, stride))
         refuse_other_documents(keep[0], keep[-1])
     for length, result in zip(lengths, results, strict=True):
         if model.max_len is None or length <= model.max_len:
@@ -166,14 +168,6 @@ def unanswered(question: Question, model: GPT, state: State, folder: Path, strea
         "data": str(stream.folder), "git": git_version(), **asdict(question), "special": special(question, own),
         "probe": state.probe,
     }  # fmt: skip
-
-
-def losses_to_come(results: list[Result], documents: Documents, tokenizer: str, stride: int) -> Losses:
-    """Room for the losses of a run at the lengths of its `results`."""
-    first = results[0]
-    about = {**first, "sha256": first["data_sha256"], "tokenizer": tokenizer, "stride": stride or None}
-    about |= {key: [first[key]] for key in PER_RUN}
-    return Losses.of(first["run"], [r["length"] for r in results], documents, About(**about))
 
 
 def why_not_finite(model: nn.Module) -> str:

@@ -19,7 +19,6 @@ from core.config import grad_accum
 from core.errors import UserError
 from core.files import sha256_file
 from text.shards import FileName, find_shards, open_shard, read_manifest
-from text.tokenizer import eot_of
 
 VERIFY_TOKENS = 1 << 24  # looked through at a time
 HELD = 256  # shards that a stream keeps mapped; each holds a file open, and a process may have 1024
@@ -71,11 +70,6 @@ class TokenStream:
     def tokenizer(self) -> str:
         """Name of the tokenizer that made the shards; GPT-2's where no manifest says."""
         return self.manifest["tokenizer"] if self.manifest else "gpt2"
-
-    @property
-    def eot(self) -> int | None:
-        """Id of the token before every document; None where neither the tokenizer's name nor the manifest tells."""
-        return eot_of(self.tokenizer, self.manifest)
 
     def locate(self, start: int) -> str:
         """Where token `start` of the stream lies, in words: the shard and the token in it."""

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -35,7 +36,7 @@ from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.numerics import widest
 from text.shards import first_error
-from text.tokenizer import byte_lengths
+from text.tokenizer import byte_lengths, eot_of
 
 BLOCK = 1 << 22  # tokens looked through at a time
 
@@ -90,16 +91,22 @@ def find_documents(stream: TokenStream, max_tokens: int = 0, min_tokens: int | N
     return Documents(first_D, tokens_D, _bytes(stream, first_D, tokens_D), min_tokens)
 
 
+def end_of_text(stream: TokenStream) -> int | None:
+    """Id of the token before every document; None where neither the tokenizer's name nor the manifest tells."""
+    return eot_of(stream.tokenizer, stream.manifest)
+
+
 def _openings(stream: TokenStream, end: int) -> np.ndarray:
     """Indices of the tokens before `end` that open a document, (D,) int64; 0 is the first."""
-    if stream.eot is None:
+    eot = end_of_text(stream)
+    if eot is None:
         raise UserError(
             f"{stream.folder}: which token of {stream.tokenizer!r} ends a text is not known, so documents are not to be told "
             'apart; "eot" in its manifest.json says it'
         )
     found = [np.zeros(1, dtype=np.int64)]
     for start in range(0, end, BLOCK):
-        found.append(start + np.flatnonzero(stream.read(start, min(BLOCK, end - start)) == stream.eot))
+        found.append(start + np.flatnonzero(stream.read(start, min(BLOCK, end - start)) == eot))
     opening_D = np.concatenate(found)
     return opening_D[1:] if len(opening_D) > 1 and opening_D[1] == 0 else opening_D
 
@@ -174,12 +181,16 @@ class Losses:
     about: About
 
     @classmethod
-    def of(cls, run: str, lengths: Sequence[int], documents: Documents, about: About) -> "Losses":
-        """For one run, with the losses yet to come: NaN."""
-        unique = np.unique(np.array(lengths, dtype=np.int64))
+    def of(cls, results: Sequence[dict[str, Any]], documents: Documents, tokenizer: str, stride: int) -> "Losses":
+        """Room, NaN so far, for the losses of a run at the lengths of its `results`, which say the rest."""
+        first = results[0]
+        about = {**first, "sha256": first["data_sha256"], "tokenizer": tokenizer, "stride": stride or None}
+        about |= {key: [first[key]] for key in PER_RUN}
+        lengths = np.unique(np.array([r["length"] for r in results], dtype=np.int64))
         n_bytes = np.full(len(documents), -1) if documents.bytes_D is None else documents.bytes_D
-        loss = np.full((1, len(unique), len(documents)), np.nan)
-        return cls(np.array([run]), unique, loss, documents.first_D, documents.tokens_D, n_bytes, about)
+        loss = np.full((1, len(lengths), len(documents)), np.nan)
+        run = np.array([first["run"]])
+        return cls(run, lengths, loss, documents.first_D, documents.tokens_D, n_bytes, About(**about))
 
     def put(self, length: int, sums_D: Tensor) -> None:
         """Set the losses of the (one) run at `length`."""

@@ -34,7 +34,7 @@ class Stream:
     folder = Path("here")
 
     def __init__(self, tokens, tokenizer="bytes", eot=EOT):
-        self.tokens, self.tokenizer, self.eot = np.array(tokens, dtype=np.uint16), tokenizer, eot
+        self.tokens, self.tokenizer, self.manifest = np.array(tokens, dtype=np.uint16), tokenizer, {"eot": eot}
 
     def __len__(self):
         return len(self.tokens)
@@ -236,7 +236,7 @@ def test_bits_per_byte_of_a_run_and_none_of_text_that_is_not_known(runs, folder,
     (unknown,) = evaluate_run(runs / "carope", [32], CPU, data=str(folder), max_tokens=300, keep=keep)
     assert unknown == result | {"bytes": None, "bits_per_byte": None} and set(keep[0].bytes) == {-1}
     assert find_documents(Stream([EOT, 97, 300], eot=EOT)).bytes_D is None  # an id beyond the tokenizer's
-    monkeypatch.setattr(TokenStream, "eot", None)  # as of a tokenizer that is not ours
+    monkeypatch.setattr("core.documents.eot_of", lambda *_: None)  # as of a tokenizer that is not ours
     (unknown,) = evaluate_run(runs / "carope", [32], CPU, data=str(folder), max_tokens=300)
     assert unknown == result | {"bytes": None, "bits_per_byte": None, "documents": None}
     with pytest.raises(UserError, match="which token of 'bytes' ends a text is not known"):
