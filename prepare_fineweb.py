@@ -29,7 +29,8 @@ from core.host import TO_LEAVE, signals_to
 from text.corpus import SUFFIXES, Source
 from text.pretokenized import FINEWEB_TOKENS, adopt
 from text.progress import check_space, progress_bar
-from text.shards import MANIFEST, SHARD_SUFFIXES, read_manifest, scratch_in
+from text.shard_writer import scratch_in
+from text.shards import MANIFEST, SHARD_SUFFIXES, read_manifest
 from text.sources import is_hub, open_source
 from text.token_stream import (
     PROGRESS,

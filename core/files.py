@@ -52,14 +52,6 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a finished file to `path`, safe from a power cut."""
-    with open(temporary, "rb+") as file:  # Windows syncs what is open for writing only
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:

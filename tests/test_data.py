@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from core.config import Config
 from core.data import Batches, TokenStream
 from core.errors import UserError
-from text.shards import HEADER_BYTES, open_shard, write_shard
+from text.shard_writer import write_shard
+from text.shards import HEADER_BYTES, open_shard
 
 
 def make_shards(folder, sizes) -> np.ndarray:

@@ -20,7 +20,8 @@ from core.evaluate import evaluate
 from core.files import sha256_file, write_json
 from core.windows import Profile
 from eval_ppl import evaluate_run
-from text.shards import MANIFEST, write_shard
+from text.shard_writer import write_shard
+from text.shards import MANIFEST
 from text.tokenizer import load_tokenizer
 
 CPU = Distributed(torch.device("cpu"), torch.float32)

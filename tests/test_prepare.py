@@ -210,8 +210,8 @@ def test_demo(tmp_path):
 APPEND = "text.token_stream:ShardFolder.append"  # a batch of 60,000 tokens
 MOMENTS = {
     "nothing is written yet": ("text.token_stream:write_json", 1),
-    "the first shard is begun": ("text.shards:ShardWriter.write", 1),
-    "a shard is whole, but not yet in its place": ("text.shards:fsync_folder", 3),
+    "the first shard is begun": ("text.shard_writer:ShardWriter.write", 1),
+    "a shard is whole, but not yet in its place": ("text.shard_writer:fsync_folder", 3),
     "a shard is in its place, but not yet on record": ("text.token_stream:write_json", 5),
     "all is encoded, the last shard is not closed": ("text.token_stream:ShardFolder.close", 1),
 }

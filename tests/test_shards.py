@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from core.errors import UserError
 from core.files import atomic_write, sha256_file, write_json
-from text.shards import MANIFEST, ShardWriter, find_shards, open_shard, read_manifest, write_shard
+from text.shard_writer import ShardWriter, write_shard
+from text.shards import MANIFEST, find_shards, open_shard, read_manifest
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,8 +73,9 @@ def test_abort_leaves_nothing(tmp_path):
 
 def test_a_file_too_large_is_named(tmp_path):
     """The system's limit on a file's size stands for a full disk; nothing is left."""
-    code = "import resource, numpy as np, text.shards as shards; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-    code += f"shards.write_shard({str(tmp_path / 'a.bin')!r}, np.zeros(100_000, dtype=np.uint16))"
+    code = "import resource, numpy as np; from text import shard_writer; "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    code += f"shard_writer.write_shard({str(tmp_path / 'a.bin')!r}, np.zeros(100_000, dtype=np.uint16))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert f"UserError: {tmp_path / 'a.bin'}: cannot be written (File too large)" in process.stderr
     assert not list(tmp_path.iterdir())

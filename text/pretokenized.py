@@ -22,22 +22,13 @@ from tqdm import tqdm
 
 from core.console import quiet
 from core.errors import UserError
-from core.files import locked, put_in_place, sha256_file, write_json
+from core.files import locked, sha256_file, write_json
 from text.corpus import SourceFile
 from text.hub import HUB, Dataset, HubFiles, difference
 from text.listing import files_in_folder
 from text.progress import check_space
-from text.shards import (
-    HEADER_BYTES,
-    MANIFEST,
-    SHARD_SUFFIXES,
-    ShardEntry,
-    is_headerless,
-    open_shard,
-    read_manifest,
-    scratch_in,
-    write_shard,
-)
+from text.shard_writer import put_in_place, scratch_in, write_shard
+from text.shards import HEADER_BYTES, MANIFEST, SHARD_SUFFIXES, ShardEntry, is_headerless, open_shard, read_manifest
 from text.token_stream import Earlier, read_earlier, refuse_other_work
 from text.tokenizer import GPT2, eot_of
 

@@ -22,7 +22,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, Posi
 from core.errors import UserError
 from core.files import write_json
 from text.corpus import Piece, Source, read_pieces
-from text.shards import HEADER_BYTES, MANIFEST, SHARD_SUFFIXES, ShardEntry, ShardWriter, first_error, read_manifest
+from text.shard_writer import ShardWriter
+from text.shards import HEADER_BYTES, MANIFEST, SHARD_SUFFIXES, ShardEntry, first_error, read_manifest
 from text.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 18  # text encoded at a time by one worker

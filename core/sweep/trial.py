@@ -35,7 +35,7 @@ from core.kernels.support import check_kernel
 from core.measure import interleave, spread
 from core.optim import clip_, forward_backward, make_optimizer, set_lr
 from model import GPT
-from text.shards import write_shard
+from text.shard_writer import write_shard
 
 T = TypeVar("T")
 

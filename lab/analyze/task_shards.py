@@ -16,7 +16,8 @@ from core.console import no_bar
 from core.errors import UserError
 from core.files import locked, write_json
 from lab.analyze.task_data import LONGEST, SHORTEST, VOCABULARIES, block
-from text.shards import MANIFEST, SHARD_SUFFIXES, ShardWriter
+from text.shard_writer import ShardWriter
+from text.shards import MANIFEST, SHARD_SUFFIXES
 
 SHARD_TOKENS = 100_000_000
 VAL_SHARE = 20  # one in so many tokens, and at most

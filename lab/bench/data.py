@@ -25,7 +25,7 @@ from core.data import Batches, TokenStream, to_ids
 from core.distributed import Distributed
 from core.measure import interleave, speedup, spread
 from prepare_fineweb import positive
-from text.shards import write_shard
+from text.shard_writer import write_shard
 
 SHARD_TOKENS = 100_000_000
 

@@ -14,7 +14,8 @@ from conftest import assert_same_run, logged, run_command
 from core.checkpoint import list_checkpoints, newest_checkpoint
 from core.config import load_config
 from core.errors import UserError
-from text.shards import HEADER_BYTES, HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard, write_shard
+from text.shard_writer import write_shard
+from text.shards import HEADER_BYTES, HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard
 from train import train
 
 SIZES = {"val_000000": 3000, "train_000001": 5000, "train_000002": 4000, "train_000003": 2000}

@@ -28,7 +28,8 @@ from core.errors import UserError
 from core.files import LOCK
 from eval_ppl import evaluate_run
 from prepare_fineweb import Job, prepare
-from text.shards import HEADER_BYTES, MANIFEST, write_shard
+from text.shard_writer import write_shard
+from text.shards import HEADER_BYTES, MANIFEST
 from text.sources import open_source
 from text.token_stream import PROGRESS
 from train import train

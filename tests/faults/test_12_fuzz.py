@@ -40,7 +40,8 @@ from core.files import locked, sha256_file
 from core.optim import make_optimizer
 from model import GPT
 from positional import ENCODINGS
-from text.shards import HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard, write_shard
+from text.shard_writer import write_shard
+from text.shards import HEADER_INTS, MAGIC, MANIFEST, VERSION, open_shard
 from text.token_stream import PROGRESS, intact, read_earlier
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]  # a value that makes a loop endless is a bug, too
