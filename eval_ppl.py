@@ -39,10 +39,10 @@ from core.evaluate import Evaluation, evaluate
 from core.figures import draw_profiles
 from core.files import write_json
 from core.fingerprint import made_by, source_of, warn_of_other_code
+from core.profile import Profile
 from core.provenance import git_version
 from core.results import Question, Result, beside, check_file, closing, read_results, render, special
 from core.upload import tracked, upload
-from core.windows import Profile
 from model import GPT
 from positional.scaling import SCALINGS, rescale
 

@@ -172,13 +172,6 @@ def blocks_pay(q_BHTD: Tensor) -> bool:
     return eager_on_cpu(q_BHTD) and q_BHTD.size(2) in PAYS.get(q_BHTD.dtype, ())
 
 
-def chosen(q_BHTD: Tensor) -> str:
-    """What `attention` runs for queries, keys and values like `q_BHTD` without a mask: "blocked", or torch's back-end."""
-    if blocks_pay(q_BHTD):
-        return "blocked"
-    return SDPBackend(torch._fused_sdp_choice(q_BHTD, q_BHTD, q_BHTD, is_causal=True)).name.lower()
-
-
 def _probabilities(q_NtD: Tensor, k_NsD: Tensor, c_Ns: Tensor | None) -> Tensor:
     """Attention of the last t of s positions to all s, (N, t, s) fp32."""
     t, scale, k_NDs = q_NtD.size(1), 1 / math.sqrt(q_NtD.size(2)), k_NsD.transpose(1, 2)

@@ -15,7 +15,7 @@ from core.data import TokenStream
 from core.distributed import Distributed, local_and_eager
 from core.fsdp import is_sharded, uncompiled
 from core.numerics import widest
-from core.windows import Profile, Windows, counted, losses
+from core.windows import Windows, counted, losses
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ def evaluate(
     progress: bool = False,
     before_each: Callable[[], object] | None = None,
     stride: int = 0,
-    profile: Profile | None = None,
+    profile: Any = None,
     by_document: Any = None,
 ) -> Evaluation:
     """Evaluate `net` in windows of `length`, `batch` windows at a time, sharded over ranks; every rank must call it.
 
     `max_tokens` limits the targets to the first so many; 0 is all of the stream. `before_each` is called before each batch,
     the same number of times on every rank; what it raises ends the evaluation. `stride` is that of the windows, 0 their length;
-    a `profile` takes in the loss against position, `by_document` (a core.documents.LossSums) that of each document. Where
-    documents are to be evaluated by themselves it says which: `max_tokens` has limited them already, and the standard error is
-    over them.
+    a `profile` (a core.profile.Profile) takes in the loss against position, `by_document` (a core.documents.LossSums) that of
+    each document. Where documents are to be evaluated by themselves it says which: `max_tokens` has limited them already, and
+    the standard error is over them.
     """
     local, eager = local_and_eager(net)  # odd-shaped batches go to the eager model: compiling for them does not pay
     parts = by_document.documents.parts if by_document else None

@@ -58,16 +58,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
-    """Put each text of `blocks` into `page` between the lines <!-- its name --> and <!-- end -->, in place of what is there."""
-    whole = page.read_text()
-    for name, text in blocks.items():
-        before, rest = whole.split(f"<!-- {name} -->\n")
-        whole = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    with atomic_write(page, "w") as file:
-        file.write(whole)
-
-
 def standard_json(value: Any) -> Any:
     """`value` with None for NaN and the infinities, which JSON does not have and only Python reads."""
     if isinstance(value, float):

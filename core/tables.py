@@ -3,7 +3,10 @@
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from core.files import atomic_write
 
 NUMBER = re.compile(r"–$|inf|[-+−≥≤$ ]*\d")  # how a cell begins that is one
 
@@ -27,3 +30,13 @@ def plus_minus(value: float | None, error: float | None, form: str) -> str:
     if value is None:
         return "–"
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
+
+
+def write_blocks(page: Path, blocks: Mapping[str, str]) -> None:
+    """Put each text of `blocks` into `page` between the lines <!-- its name --> and <!-- end -->, in place of what is there."""
+    whole = page.read_text()
+    for name, text in blocks.items():
+        before, rest = whole.split(f"<!-- {name} -->\n")
+        whole = f"{before}<!-- {name} -->\n{text}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    with atomic_write(page, "w") as file:
+        file.write(whole)

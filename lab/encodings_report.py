@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from core.config import load_config
-from core.files import ROOT, write_blocks
-from core.tables import table
+from core.files import ROOT
+from core.tables import table, write_blocks
 from positional import ENCODINGS
 
 PAGE = ROOT / "docs/encodings.md"

@@ -18,13 +18,13 @@ from core.distributed import format_name, pick_device, pick_dtype
 from core.documents import Losses, load
 from core.errors import UserError
 from core.figures import panels, save
-from core.files import ROOT, write_blocks
+from core.files import ROOT
 from core.fingerprint import source_of
 from core.provenance import git_version
 from core.results import FIELDS
 from core.sweep.plan import Entry
 from core.sweep.report import differences, draw, draw_panel, perplexities, summarize
-from core.tables import mean_and_error, plus_minus, table
+from core.tables import mean_and_error, plus_minus, table, write_blocks
 from positional import ENCODINGS
 
 KEPT = (  # of an evaluation's record

@@ -6,8 +6,8 @@ python -m lab.tasks_report    puts results/tasks-cpu.json into docs/findings.md
 import json
 from typing import Any
 
-from core.files import ROOT, write_blocks
-from core.tables import mean_and_error, plus_minus, table
+from core.files import ROOT
+from core.tables import mean_and_error, plus_minus, table, write_blocks
 from lab.analyze.tasks import draw
 from lab.sweep_report import PAGE
 

@@ -13,7 +13,8 @@ import core.numerics
 from core.distributed import Distributed, pick_device, pick_dtype
 from core.errors import UserError
 from core.optim import make_optimizer
-from core.windows import Profile, losses
+from core.profile import Profile
+from core.windows import losses
 from model import KVCache
 from positional import ENCODINGS
 from positional.bias import t5_bucket

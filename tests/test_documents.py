@@ -18,7 +18,7 @@ from core.documents import Losses, LossSums, find_documents, load, merge
 from core.errors import UserError
 from core.evaluate import evaluate
 from core.files import sha256_file, write_json
-from core.windows import Profile
+from core.profile import Profile
 from eval_ppl import evaluate_run
 from text.shard_writer import write_shard
 from text.shards import MANIFEST

@@ -15,7 +15,8 @@ from core.config import load_config
 from core.data import TokenStream
 from core.distributed import Distributed
 from core.evaluate import Evaluation, evaluate
-from core.windows import Profile, Windows, bins, losses
+from core.profile import Profile, bins
+from core.windows import Windows, losses
 from eval_ppl import evaluate_run, render
 from model import GPT
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from core.attention import attention, chosen
+from core.attention import attention
 from core.kernels import cross_entropy as loss_module
 from core.kernels.cross_entropy import linear_cross_entropy
+from lab.bench.trainee import chosen
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:

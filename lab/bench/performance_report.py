@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from core.files import ROOT, write_blocks
-from core.tables import table
+from core.files import ROOT
+from core.tables import table, write_blocks
 
 PAGE = ROOT / "docs/performance.md"
 Value = Callable[[dict[str, Any]], str]

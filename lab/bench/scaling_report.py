@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 from core.config import Config, load_config
-from core.files import ROOT, write_blocks
+from core.files import ROOT
 from core.sweep.scaling import MEASURED, Machine, describe, hours_from, machine_for, memory, predict, render
-from core.tables import table
+from core.tables import table, write_blocks
 from lab.bench import overlap
 
 PAGE = ROOT / "docs/scaling.md"

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 
-from core.attention import chosen
+from core.attention import blocks_pay
 from core.config import Config
 from core.console import QUIET
 from core.data import Batches, TokenStream
-from core.distributed import Distributed
+from core.distributed import Distributed, peak_memory
 from core.evaluate import evaluate
 from core.guard import Guard
 from core.measure import matmul, release, synchronize, turn
@@ -114,7 +115,7 @@ class Trainee:
             "dtype": str(dist.dtype).removeprefix("torch."),
             "compiled": dist.compiles(cfg),
             "attention": chosen(q_BHTD),
-            "peak_memory_bytes": dist.peak_memory(),
+            "peak_memory_bytes": peak_memory(dist.device),
         }
 
     def profile(self, path: Path) -> None:
@@ -127,6 +128,13 @@ class Trainee:
         path.parent.mkdir(parents=True, exist_ok=True)
         key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
         path.write_text(events.table(sort_by=key, row_limit=60, max_name_column_width=100, max_shapes_column_width=60))
+
+
+def chosen(q_BHTD: Tensor) -> str:
+    """What core.attention runs for queries, keys and values like `q_BHTD` without a mask: "blocked", or torch's back-end."""
+    if blocks_pay(q_BHTD):
+        return "blocked"
+    return SDPBackend(torch._fused_sdp_choice(q_BHTD, q_BHTD, q_BHTD, is_causal=True)).name.lower()
 
 
 def trainee(name: str, cfg: Config, bare: bool) -> Candidate:
