@@ -234,7 +234,7 @@ def grad_accum(cfg: Config, world_size: int) -> int:
     )
 
 
-def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
+def load_config(argv: Sequence[str]) -> Config:
     """Config from `argv`: config files, then --key=value (or --key value; underscores or hyphens).
 
     Raises UserError naming key, value, place, limit and the nearest right key; SystemExit after --help, --print_config.
@@ -246,7 +246,7 @@ def load_config(argv: Sequence[str], prog: str | None = None) -> Config:
         if after == "=" or (word.startswith("--") and word.endswith("=") and is_value):
             raise UserError(f"{word} {after}: --key=value is written without spaces")
     known = _known(argv)
-    args, unknown = _parser(prog).parse_known_intermixed_args(list(argv))
+    args, unknown = _parser().parse_known_intermixed_args(list(argv))
     for word in unknown:
         key = word.lstrip("-").split("=")[0].replace("-", "_")
         raise UserError(f"{word}: no such option; {_did_you_mean(key, known, '--')}--help lists them")
@@ -322,12 +322,12 @@ def _run_name(layers: Sequence[tuple[str, dict[str, Any]]], cfg: Config) -> str:
     return "-".join([*sizes, encoding, *([f"s{cfg.seed}"] if cfg.seed != 1 else [])])
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     about = """Config files are layered from left to right; --key=value goes on top.
 
     python train.py config/demo.toml config/carope.toml
     torchrun --standalone --nproc_per_node=2 train.py config/small.toml config/rope.toml --seed=2"""
-    parser = CommandLine(about, prog=prog, usage="%(prog)s [CONFIG.toml ...] [--key=value ...]")
+    parser = CommandLine(about, usage="%(prog)s [CONFIG.toml ...] [--key=value ...]")
     parser.add_argument(
         "files", type=given_path, nargs="*", metavar="CONFIG.toml", help="e.g. config/small.toml config/carope.toml"
     )

@@ -19,7 +19,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, **options: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
-        options.setdefault("prog", program())
+        options.setdefault("prog", program())  # of a subcommand argparse gives its own
         super().__init__(description=description, formatter_class=form, allow_abbrev=False, **options)
         what = "no progress and no remarks: results, warnings and errors only"
         self.add_argument("--quiet", action=_Quiet, nargs=0, default=argparse.SUPPRESS, help=what)

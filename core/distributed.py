@@ -200,15 +200,12 @@ class Distributed:
         """Wait for all ranks."""
         self.any(False)
 
-    def peak_memory(self) -> int:
-        """Most bytes that this process held so far, as `peak_memory` counts them."""
-        return peak_memory(self.device)
-
     def peak_flops(self) -> float | None:
         """Dense FLOP/s of this device in `dtype` by its data sheet; None where it is not known."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
-        return peak_flops(torch.cuda.get_device_name(self.device))
+        device_name = torch.cuda.get_device_name(self.device)
+        return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -222,11 +219,6 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s by data sheet of the GPU that calls itself `device_name`; None for one we do not know."""
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def pick_device(wanted: str) -> torch.device:

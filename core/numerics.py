@@ -58,11 +58,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _same_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return grad
-
-
-in_memory.register_autograd(_same_gradient)
+in_memory.register_autograd(lambda _, grad: grad)
 
 
 def round_to_bf16(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from core.errors import UserError
+from core.files import sha256_file
 from positional import ENCODINGS
 
 
@@ -60,7 +61,7 @@ def load(file: str) -> None:
         ENCODINGS.update(before)
         del sys.modules[name]
         raise
-    _LOADED[name] = Plugin(path, sha256_of(text), added)
+    _LOADED[name] = Plugin(path, hashlib.sha256(text).hexdigest(), added)
 
 
 def _execute(name: str, path: Path, text: bytes) -> None:
@@ -77,11 +78,6 @@ def _execute(name: str, path: Path, text: bytes) -> None:
         raise UserError(f"--plugin {path}{where}: {type(error).__name__}: {why}") from None
 
 
-def sha256_of(text: bytes) -> str:
-    """In hex."""
-    return hashlib.sha256(text).hexdigest()
-
-
 def plugin_of(encoding: str) -> Plugin | None:
     """The plugin that the encoding comes from; None of one that is in positional/."""
     return next((plugin for plugin in _LOADED.values() if encoding in plugin.encodings), None)
@@ -95,6 +91,6 @@ def plugin_paths() -> list[str]:
 def plugin_words() -> list[str]:
     """The words that load in another script what is loaded here. Raises UserError where a file is not what it was then."""
     for plugin in _LOADED.values():
-        if not plugin.path.is_file() or sha256_of(plugin.path.read_bytes()) != plugin.sha256:
+        if not plugin.path.is_file() or sha256_file(plugin.path) != plugin.sha256:
             raise UserError(f"--plugin {plugin.path}: has changed since this command began; start it again")
     return [word for path in plugin_paths() for word in ("--plugin", path)]

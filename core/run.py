@@ -33,7 +33,7 @@ from core.checkpoint import (
 from core.config import FREE_ON_RESUME, Config, to_toml
 from core.console import remark
 from core.data import ShardRecord, TokenStream, check_unchanged
-from core.distributed import Distributed, format_name
+from core.distributed import Distributed, format_name, peak_memory
 from core.errors import EXIT_REQUEUE, UserError
 from core.files import atomic_write, locked, standard_json, write_json
 from core.fingerprint import made_by, warn_of_other_code
@@ -86,7 +86,10 @@ class Run:
                     stream.verify()
             if self.dist.is_main:
                 self._data = data_of(streams)
-                self._shards = check_all_same(found, self.cfg, streams) if found else records_of(streams)
+                if found:
+                    self._shards = check_all_same(found, self.cfg, streams)
+                else:
+                    self._shards = [record for stream in streams for record in stream.records()]
         found = self.dist.from_main(found)
         with self.dist.together():
             load(found, model, optimizer, guard, self.cfg, say=self.dist.is_main)
@@ -246,7 +249,7 @@ class Run:
         rate = self._steps_timed * self.cfg.tokens_per_step / (time.perf_counter() - self._clock)
         peak = self.dist.peak_flops()
         mfu = rate * self.cfg.flops_per_token / (peak * self.dist.world_size) if peak else None
-        return {"tokens_per_second": round(rate, 1), "mfu": mfu, "peak_memory_bytes": self.dist.peak_memory()}
+        return {"tokens_per_second": round(rate, 1), "mfu": mfu, "peak_memory_bytes": peak_memory(self.dist.device)}
 
     def _open(self, found: tuple[Path, State] | None, model: GPT) -> None:
         """Describe this start, on the terminal too, and open the log, cut to what the checkpoint had seen."""
@@ -305,11 +308,6 @@ def read_log(text: bytes) -> list[dict[str, Any]]:
 def data_of(streams: Sequence[TokenStream]) -> dict[str, Any]:
     """What a run's state says of its data beside the shards: the tokenizer, and the number of tokens to train on."""
     return {"tokenizer": streams[0].tokenizer, "train_tokens": len(streams[0])}
-
-
-def records_of(streams: Sequence[TokenStream]) -> list[ShardRecord]:
-    """The shards that a run begins with."""
-    return [record for stream in streams for record in stream.records()]
 
 
 def check_same(state: State, cfg: Config, data: dict[str, Any]) -> None:

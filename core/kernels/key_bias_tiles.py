@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core.kernels import interpreted
+from core.kernels.support import interpreted
 
 BLOCK = 64  # queries, and keys, of a program at a time
 WARPS = 4

@@ -38,8 +38,8 @@ import torch
 import triton
 from torch import Tensor
 
-from core.kernels import interpreted
 from core.kernels.rotary_tiles import block_sums_kernel, finish_gradient_kernel, rotate_backward_kernel, rotate_kernel
+from core.kernels.support import interpreted
 from core.numerics import operator
 
 BLOCK = 2048  # phases a program holds, tokens × pairs: about seven fp32 tiles of it must fit the registers of WARPS warps

@@ -1,14 +1,19 @@
 """Which Triton kernels can run here. It needs no Triton to be imported."""
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
 
 from core.errors import UserError
-from core.kernels import interpreted
 
 INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 asks for the kernels on a CPU, as NumPy: to check them, hundreds of times too slow to use."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_kernel(kernel: str, device: torch.device) -> None:

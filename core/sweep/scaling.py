@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -257,18 +257,17 @@ def ddp_buckets(cfg: Config, cap: float = BUCKET, first: float = FIRST_BUCKET) -
     return [*buckets, held] if held else buckets
 
 
-def machine_for(cfg: Config, machine: Machine | None = None, path: Path = MEASURED) -> Machine:
-    """`machine`, or eight H100s a node, with the rate that `path` holds for the configuration or another encoding of its size.
+def machine_for(cfg: Config, path: Path = MEASURED) -> Machine:
+    """Eight H100s a node, with the rate that `path` holds for the configuration or another encoding of its size.
 
     The file is what lab.bench writes: {"device": …, "results": [{"config": a name, or an object with one, and
     "flops_per_second", or "tokens_per_second" (and "flops_per_token", "world_size")}, …]}; what else is there is passed over.
     """
-    machine = machine or Machine()
     try:
         report = json.loads(path.read_text())
         rows, device = report["results"], str(report.get("device", "a GPU"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return machine
+        return Machine()
     found: dict[str, list[float]] = {}
     for row in rows if isinstance(rows, list) else []:
         name, rate = _measured(row, cfg)
@@ -276,7 +275,7 @@ def machine_for(cfg: Config, machine: Machine | None = None, path: Path = MEASUR
             found.setdefault(name, []).append(rate)
     size = cfg.name.split("-")[0]
     rates = found.get(cfg.name) or [rate for name in found if name.split("-")[0] == size for rate in found[name]]
-    return replace(machine, flops=statistics.median(rates), measured_on=device) if rates else machine
+    return Machine(flops=statistics.median(rates), measured_on=device) if rates else Machine()
 
 
 def _measured(row: Any, cfg: Config) -> tuple[str, float | None]:

@@ -26,7 +26,7 @@ from core.checkpoint import (
 )
 from core.config import Config, load_config
 from core.data import Batches
-from core.distributed import Distributed, check_residual, pick_dtype
+from core.distributed import Distributed, check_residual, peak_memory, pick_dtype
 from core.errors import UserError
 from core.fsdp import gather, is_sharded, whole
 from core.guard import Guard
@@ -89,7 +89,7 @@ def take_steps(cfg: Config, dist: Distributed, timed: int, folder: Path | None) 
         "world_size": dist.world_size,
         "flops_per_token": cfg.flops_per_token,
         "first_step_seconds": first,
-        "peak_memory_bytes": max(dist.gather(dist.peak_memory())),
+        "peak_memory_bytes": max(dist.gather(peak_memory(dist.device))),
         "losses": losses,
     }
     seen = dist.gather({"losses": losses, "weights": bit_sums(model)})

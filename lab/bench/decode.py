@@ -26,7 +26,7 @@ import torch
 from core.cache import KVCache
 from core.checkpoint import load_model
 from core.config import load_config
-from core.distributed import Distributed
+from core.distributed import Distributed, peak_memory
 from core.errors import UserError
 from core.kernels.packed import pack
 from core.measure import interleave, speedup, spread
@@ -169,7 +169,7 @@ def figures(model: Any, n_weights: int, seconds: dict[str, list[float]], args: a
         "batch": args.batch,
         "batch_speedup": round(args.batch * speedup(seconds["batched"], seconds["cached"]), 4),
         "weight_bytes": weight * n_weights,
-        "peak_memory_bytes": dist.peak_memory(),
+        "peak_memory_bytes": peak_memory(dist.device),
     }
 
 
