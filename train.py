@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from core.config import Config, load_config
-from core.data import Batches, TokenStream, to_batch
+from core.data import Batches, TokenStream, to_ids
 from core.distributed import Distributed, check_residual, pick_device
 from core.errors import command
 from core.evaluate import evaluate
@@ -72,9 +72,9 @@ def validate(net: nn.Module, model: GPT, val: TokenStream, step: int, run: Run) 
         )
     except Leaving:
         return
-    x_BT, _ = to_batch(val.read(0, cfg.block_size + 1), cfg.block_size, dist.device)
+    x_T = to_ids(val.read(0, cfg.block_size), dist.device).to(dist.device)
     with uncompiled(model):
-        health, complaint = model.health(x_BT)
+        health, complaint = model.health(x_T[None])
     run.log(step, val_loss=found.nll, val_perplexity=found.perplexity, val_tokens=found.tokens, **health)
     run.warn(step, complaint if step > max(cfg.warmup_steps, cfg.steps // 10) else None)
 

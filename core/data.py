@@ -172,7 +172,8 @@ class Batches:
         self.dist.at(f"step {step}, micro-step {micro}, reading the batch")
         ids = self._take(index) if self._reader else self._read(index)
         self.dist.at(f"step {step}, micro-step {micro}, computing")
-        return cut_batch(ids, self.cfg.block_size, self.dist.device)
+        ids, length = ids.to(self.dist.device, non_blocking=ids.is_pinned()), self.cfg.block_size
+        return ids[:-1].view(-1, length), ids[1:].view(-1, length)
 
     def _read(self, index: tuple[int, int]) -> Tensor:
         """The ids of a batch and one more, in host memory."""
@@ -222,18 +223,7 @@ def check_unchanged(before: Sequence[ShardRecord], streams: Sequence[TokenStream
     return now
 
 
-def to_batch(tokens: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """n·length+1 tokens → inputs and targets, (n, length) int64 each, on `device`."""
-    return cut_batch(to_ids(tokens, device), length, device)
-
-
 def to_ids(tokens: np.ndarray, device: torch.device) -> Tensor:
     """Tokens as int64 in host memory, which is pinned where `device` is a GPU."""
     ids = torch.from_numpy(tokens.astype(np.int64))
     return ids.pin_memory() if device.type == "cuda" else ids
-
-
-def cut_batch(ids: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """n·length+1 ids → inputs and targets, (n, length) each, on `device`."""
-    ids = ids.to(device, non_blocking=ids.is_pinned())
-    return ids[:-1].view(-1, length), ids[1:].view(-1, length)

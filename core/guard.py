@@ -4,6 +4,8 @@ import math
 import statistics
 import sys
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -51,12 +53,12 @@ def inspect_step(model: nn.Module, batches: Batches, step: int, dist: Distribute
 def inspect_micro_step(model: nn.Module, batches: Batches, step: int, micro: int, dist: Distributed) -> MicroStep:
     """One micro-step on this rank; no gradient is left of it."""
     x_BT, y_BT = batches[step, micro]
-    with FirstBadOutput(model) as watched, dist.autocast():
+    with noting_bad_output(model) as bad, dist.autocast():
         loss = model(x_BT, y_BT)
     loss.backward()
     norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    bad = next((f"gradient of {name}" for name, norm in norms.items() if not norm.isfinite()), None)
+    bad += [f"gradient of {name}" for name, norm in norms.items() if not norm.isfinite()]
     begin = batches.start(step, micro)
     return MicroStep(
         micro,
@@ -64,30 +66,26 @@ def inspect_micro_step(model: nn.Module, batches: Batches, step: int, micro: int
         loss.item(),
         torch.stack(list(norms.values())).norm().item(),
         f"{x_BT.numel():,} tokens from {begin:,} of the stream on ({batches.stream.locate(begin)})",
-        watched.name or bad,
+        bad[0] if bad else None,
     )
 
 
-class FirstBadOutput:
-    """While entered, notes the first module of `model` whose output is not finite."""
+@contextmanager
+def noting_bad_output(model: nn.Module) -> Iterator[list[str]]:
+    """While entered, the first module of `model` whose output is not finite gets into the list, which is empty before."""
+    names = {module: name or "the loss" for name, module in model.named_modules()}
+    found: list[str] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self.name: str | None = None
+    def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+        # detached: what a hook keeps for a backward pass is missing where a block is computed again, without the hook
+        if not found and isinstance(output, Tensor) and not output.detach().isfinite().all():
+            found.append(f"output of {names[module]}")
 
-    def __enter__(self) -> "FirstBadOutput":
-        names = {module: name or "the loss" for name, module in self._model.named_modules()}
-
-        def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-            # detached: what a hook keeps for a backward pass is missing where a block is computed again, without the hook
-            if self.name is None and isinstance(output, Tensor) and not output.detach().isfinite().all():
-                self.name = f"output of {names[module]}"
-
-        self._handles = [module.register_forward_hook(look) for module in names]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
+    handles = [module.register_forward_hook(look) for module in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from core.errors import UserError
 
-TOKENIZERS = ("gpt2", "bytes")
 EOT = "<|endoftext|>"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -107,23 +106,21 @@ def repair_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-END_OF_TEXT = {Bytes.name: Bytes.eot, GPT2.name: GPT2.eot}
+TOKENIZERS: dict[str, type[GPT2 | Bytes]] = {"gpt2": GPT2, "bytes": Bytes}
 
 
 def eot_of(tokenizer: str, manifest: dict[str, Any] | None) -> int | None:
     """Id of the end-of-text token; None where neither the tokenizer's name nor a data folder's manifest tells."""
-    eot = END_OF_TEXT.get(tokenizer, (manifest or {}).get("eot"))
+    eot = TOKENIZERS[tokenizer].eot if tokenizer in TOKENIZERS else (manifest or {}).get("eot")
     return eot if isinstance(eot, int) else None
 
 
 @functools.cache
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`, one of TOKENIZERS. Raises UserError for another name or a missing vocabulary."""
-    if name == "bytes":
-        return Bytes()
-    if name == "gpt2":
-        return GPT2()
-    raise UserError(f"tokenizer {name!r} is unknown; there are {', '.join(TOKENIZERS)}")
+    if name not in TOKENIZERS:
+        raise UserError(f"tokenizer {name!r} is unknown; there are {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
 
 
 @functools.cache
