@@ -47,7 +47,7 @@ def steps(cfg: Any) -> Iterator[str]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from core.windows import losses
+    from core.evaluate import losses
     from model import GPT, KVCache
 
     calls = noted_attention()

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 import core.numerics
 from core.distributed import Distributed, pick_device, pick_dtype
 from core.errors import UserError
+from core.evaluate import losses
 from core.optim import make_optimizer
 from core.profile import Profile
-from core.windows import losses
 from model import KVCache
 from positional import ENCODINGS
 from positional.bias import t5_bucket

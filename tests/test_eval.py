@@ -14,9 +14,8 @@ from core.checkpoint import load_model
 from core.config import load_config
 from core.data import TokenStream
 from core.distributed import Distributed
-from core.evaluate import Evaluation, evaluate
+from core.evaluate import Evaluation, Windows, evaluate, losses
 from core.profile import Profile, bins
-from core.windows import Windows, losses
 from eval_ppl import evaluate_run, render
 from model import GPT
 
@@ -148,7 +147,7 @@ def test_a_long_window_of_attention_written_out_is_evaluated_in_pieces(corpus, m
     with torch.no_grad():
         model.h[0].wpe.e.normal_()
         whole = losses(model, x_BT, y_BT)
-        monkeypatch.setattr("core.windows.PIECE", 32)
+        monkeypatch.setattr("core.evaluate.PIECE", 32)
         most = []
         model.h[0].register_forward_pre_hook(lambda _, args: most.append(args[0].size(1)))
         torch.testing.assert_close(losses(model, x_BT, y_BT), whole, atol=1e-5, rtol=0)

@@ -112,7 +112,7 @@ def test_a_grade_is_that_of_a_softmax_over_the_choices(b, a, k, data):
 @pytest.mark.parametrize("encoding", sorted(ENCODINGS))
 @pytest.mark.parametrize("n_answers", [1, 7])
 def test_the_logits_are_the_models_own_at_the_answers(encoding, n_answers, monkeypatch):
-    monkeypatch.setattr("core.windows.PIECE", 4)  # with a cache, where the encoding makes its weights itself
+    monkeypatch.setattr("core.evaluate.PIECE", 4)  # with a cache, where the encoding makes its weights itself
     model, idx, choices_K = build(encoding), tokens(32), torch.tensor([7, 3, 60])
     with torch.no_grad():
         expected = model(idx)[:, -n_answers:][..., choices_K]

@@ -22,9 +22,9 @@ from core.checkpoint import load_model
 from core.data import TokenStream
 from core.distributed import Distributed, pick_dtype
 from core.errors import UserError, at_least
+from core.evaluate import losses
 from core.figures import BASELINE, line, panels, plain_log_y, save
 from core.numerics import widest
-from core.windows import losses
 from eval_ppl import default_batch
 from lab.analyze.frequencies import Change, replaced, rope_theta, validation, varies
 from model import GPT

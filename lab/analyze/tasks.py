@@ -23,8 +23,8 @@ from core.checkpoint import load_model
 from core.console import new_folder
 from core.distributed import Distributed, pick_dtype
 from core.errors import UserError
+from core.evaluate import pieces
 from core.figures import BASELINE, line, log_ticks, panels, save
-from core.windows import pieces
 from lab.analyze.task_data import SHORTEST, TASKS, VOCABULARIES, example, ids_of
 from lab.analyze.task_shards import write_shards
 from model import GPT

@@ -109,7 +109,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(fault, small, t
     """Step 8 is the last: the weights are final, what remains is the evaluation, and the next start makes up for it."""
     happened = fault(f"SIGTERM in the evaluation of step {step} of 8")
     words, run = [*small, "--encoding=carope"], tmp_path / "r"
-    hold = Hold(tmp_path, "core.windows:Windows.read", 8 * step + 10)  # each evaluation but the last has 32 batches
+    hold = Hold(tmp_path, "core.evaluate:Windows.read", 8 * step + 10)  # each evaluation but the last has 32 batches
     child = start("alone", *words, "--name=r", env=hold.env)
     hold.reached(child)
     child.send_signal(signal.SIGTERM)
