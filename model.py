@@ -52,7 +52,6 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Any, layer: int, shared: PositionalEncoding | None) -> None:
         super().__init__()
-        self.layer = layer
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
         self.attn = Attention(cfg, layer)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
@@ -68,7 +67,7 @@ class Block(nn.Module):
         """`positions` that all blocks share, or None where each block makes its own; `emb_BTC` are the token embeddings."""
         h_BTC = self.ln_1(x_BTC)
         if positions is None:
-            positions = self.wpe(h_BTC if self.wpe.hidden else emb_BTC, pos_T, cache, self.layer)
+            positions = self.wpe(h_BTC if self.wpe.hidden else emb_BTC, pos_T, cache, self.attn.layer)
         x_BTC = x_BTC + self.attn(h_BTC, positions, cache)
         return x_BTC + self.mlp(self.ln_2(x_BTC))
 

@@ -33,15 +33,12 @@ PAYS = {torch.bfloat16: range(64, 769), torch.float32: range(256, 513)}  # lengt
 
 def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bias: Tensor | None = None) -> Tensor:
     """Causal attention of T queries at the end of S keys, (B, H, T, D)."""
-    return attention(q_BHTD, k_BHSD, v_BHSD, causal_mask(q_BHTD.size(2), k_BHSD.size(2), bias, q_BHTD))
-
-
-def causal_mask(T: int, S: int, bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """The additive or boolean mask of T queries at the end of S keys; None where `is_causal` or nothing says it all."""
-    if bias is None and (T in (1, S)):
-        return None
-    visible_TS = visible(T, S, q.device)
-    return visible_TS if bias is None else bias.to(q.dtype).masked_fill(~visible_TS, -math.inf)
+    T, S, mask = q_BHTD.size(2), k_BHSD.size(2), None
+    if bias is not None:
+        mask = bias.to(q_BHTD.dtype).masked_fill(~visible(T, S, q_BHTD.device), -math.inf)
+    elif T not in (1, S):
+        mask = visible(T, S, q_BHTD.device)
+    return attention(q_BHTD, k_BHSD, v_BHSD, mask)
 
 
 def visible(T: int, S: int, device: torch.device) -> Tensor:

@@ -143,7 +143,8 @@ def same_probe(one: Any, other: Any) -> bool:
 def made_by(cfg: Config) -> dict[str, Any]:
     """What a run says of the code of its encoding: its hash, what it computes, and the plugin that it comes from."""
     plugin = plugin_of(cfg.encoding)
-    return {"source": source_of(cfg.encoding), "probe": probe(cfg), "plugin": plugin.record if plugin else None}
+    file = {"path": str(plugin.path), "sha256": plugin.sha256} if plugin else None
+    return {"source": source_of(cfg.encoding), "probe": probe(cfg), "plugin": file}
 
 
 def other_code(one: dict[str, Any], other: dict[str, Any]) -> str | None:

@@ -24,11 +24,6 @@ class Plugin(NamedTuple):
     sha256: str
     encodings: frozenset[str]
 
-    @property
-    def record(self) -> dict[str, str]:
-        """What a run keeps of it."""
-        return {"path": str(self.path), "sha256": self.sha256}
-
 
 _LOADED: dict[str, Plugin] = {}  # by the name of its module
 
