@@ -77,13 +77,6 @@ def test_evaluation_beside_training():
     assert {"tokens_per_second", "train_tokens_per_second", "eval_over_train", "mfu_measured"} <= set(found)
 
 
-@pytest.mark.slow
-def test_startup_times_the_first_step_and_each_help():
-    words = [word for word in TOY if word not in ("--synthetic", "--rounds=2", "--warmup=1")]
-    found = last_line(run_command("lab.bench", "startup", *words, "--rounds=1"))["seconds"]
-    assert {"first step", "train.py", "eval_ppl.py"} <= found.keys() and all(one["median"] > 0 for one in found.values())
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -155,5 +148,5 @@ def test_spread_is_ordered_and_a_speedup_over_oneself_is_one(seconds, tokens):
 
 
 def test_help_of_every_benchmark():
-    for name in ("train", "eval", "startup"):
+    for name in ("machine", "train", "eval", "decode", "scaling", "overlap"):
         assert "lab.bench" in run_command("lab.bench", name, "--help").stdout

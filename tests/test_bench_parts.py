@@ -1,15 +1,13 @@
-"""lab.bench decode, data and prepare at toy sizes: what the last line holds, and that it holds together."""
+"""lab.bench decode at toy sizes: what the last line holds, and that it holds together."""
 
 import json
 
 import pytest
 from conftest import run_command
-from hub import write_parquet
 
 TOY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=320", "--block_size=32", "--device=cpu", "--dtype=float32"]
 SHORT = ["--early", 5, "--late", 40, "--tokens", 12, "--stride", 4, "--batch", 3, "--rounds", 3]
 pytestmark = pytest.mark.slow
-SPREAD = {"n", "ms_median", "ms_p10", "ms_p90", "tokens_per_second"}
 
 
 def last_line(*words: object) -> dict:
@@ -43,35 +41,6 @@ def test_decoding_with_a_run(runs):
     assert found["encoding"] == "carope" and found["config"]["name"] == "carope" and found["config"]["vocab_size"] == 320
 
 
-def test_loading():
-    sizes = ["--block_size=32", "--micro_batches", 8, 4, "--tokens", 5000, "--batches", 10, "--rounds", 3]
-    found = last_line("data", "--device=cpu", *sizes)
-    assert list(found["shapes"]) == ["8x32", "4x32"] and found["epoch_tokens"] == 5000
-    assert found["tokens_per_second"] == found["shapes"]["8x32"]["tokens_per_second"]
-    for one, rows in zip(found["shapes"].values(), (8, 4), strict=True):
-        assert consistent(one, 10 * rows * 32, 3) and set(one["us_per_batch"]) == {"loader", "copy", "check", "convert"}
-        assert all(us > 0 for us in one["us_per_batch"].values())
-    assert found["anonymous_growth_bytes"] < found["anonymous_bytes"]
-
-
-def test_loading_from_a_folder(corpus):
-    found = last_line("data", f"--data={corpus}", "--device=cpu", "--block_size=16", "--micro_batches", 2, "--batches", 2)
-    assert found["epoch_tokens"] == 130_000 and found["config"]["data"] == str(corpus)
-
-
-def test_preparing(tmp_path):
-    documents = ["Words in a row, <|endoftext|> among them. " * 20, None, "", "Short."] * 100
-    write_parquet(tmp_path / "a.parquet", documents)
-    found = last_line("prepare", "--source", tmp_path / "a.parquet", "--rounds", 2, "--workers", 1, 2)
-    assert SPREAD - {"n"} <= set(found)
-    assert set(found["candidates"]) == {"alone", "ours-1", "ours-2", "pool-1", "pool-2", "apart-2"}
-    assert all(consistent(one, found["tokens"], 2) for one in found["candidates"].values())
-    assert all(one["peak_memory_bytes"] > 1e6 for one in found["candidates"].values())
-    assert found["candidates"]["alone"]["ratio"] == 1 and set(found["ours_over_pool"]) == {"1", "2"}
-    limited = last_line("prepare", "--source", tmp_path / "a.parquet", "--rounds", 1, "--workers", 1, "--limit_tokens", 5000)
-    assert 5000 - 100 < limited["tokens"] < 5000 + 500 < found["tokens"]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -80,10 +49,6 @@ def test_preparing(tmp_path):
         (["decode", "{runs}/carope", "--encodings", "rope"], "a run has its encoding and its options; leave out rope"),
         (["decode", "{runs}/learned"], "encoding 'learned' has positions for 32 only, 1008 are wanted"),
         (["decode", "{runs}"], "no valid checkpoint"),
-        (["data", "--data=nowhere"], "nowhere: no such data folder"),
-        (["data", "--tokens", "1.5"], "--tokens: 1.5 is not a whole number above 0"),
-        (["prepare", "--source", "nowhere.parquet"], "--source nowhere.parquet: no such file"),
-        (["prepare", "--n_layer=2"], "--n_layer=2: no such option of lab.bench prepare"),
     ],
 )
 def test_mistakes_are_one_line(runs, words, message):

@@ -161,7 +161,7 @@ def test_help_has_examples(script):
 def test_an_option_that_is_not_there_is_one_line(script, runs):
     run = runs / "carope"
     needed = {
-        "prepare_fineweb.py": [], "train.py": [], "table1.py": [], "lab.sweep": [], "lab.bench": ["data"],
+        "prepare_fineweb.py": [], "train.py": [], "table1.py": [], "lab.sweep": [], "lab.bench": ["decode"],
         "lab.analyze": ["freq", run], "lab.export_hf": [run, "out"], "lab.eval_tasks": [run, "--tasks=piqa"],
     }  # fmt: skip
     done = run_command(script, *needed.get(script, [run]), "--no_such_option=1")
