@@ -28,7 +28,7 @@ from core.errors import command
 from core.files import write_json
 from core.provenance import device_name, git_version
 
-COMMANDS = ("machine", "train", "eval", "decode", "rotary", "scaling", "overlap")
+COMMANDS = ("machine", "train", "eval", "decode", "scaling", "overlap")
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
