@@ -44,18 +44,16 @@ def load_definitions(path: Path) -> types.ModuleType:
     return module
 
 
-def peer(word: str, cfg: Config, device: torch.device, tuned: bool) -> Candidate:
+def peer(word: str, cfg: Config, device: torch.device) -> Candidate:
     """The peer in the folder that `word` begins with. It has its training script's settings of memory and threads.
 
-    As shipped it computes on a CPU in fp32, not compiled, and on a GPU in bf16, compiled; `tuned` does the latter everywhere.
-    Raises UserError.
+    As shipped it computes on a CPU in fp32, not compiled, and on a GPU in bf16, compiled. Raises UserError.
     """
     folder, *options = word.split(",")
     path = Path(folder).resolve()
     load_definitions(Path(folder))  # what is wrong with it is said here
-    job = {"path": str(path), "device": str(device), "fast": tuned or device.type != "cpu", "shape": cfg.model_dump()}
-    name = f"{','.join([path.name, *options])}, {'tuned' if tuned else 'as shipped'}"
-    return Candidate(name, "lab.bench.peers", job, without=OURS)
+    job = {"path": str(path), "device": str(device), "shape": cfg.model_dump()}
+    return Candidate(f"{','.join([path.name, *options])}, as shipped", "lab.bench.peers", job, without=OURS)
 
 
 def main() -> None:
@@ -63,10 +61,11 @@ def main() -> None:
     answers, job = own_stdout(), json.loads(sys.argv[1])
     follow_parent()
     definitions, shape, device = load_definitions(Path(job["path"])), job["shape"], torch.device(job["device"])
+    fast = device.type != "cpu"
     known = inspect.signature(definitions.GPTConfig).parameters
     arguments = {**shape, "dropout": 0.0, "bias": True}
     model = definitions.GPT(definitions.GPTConfig(**{k: v for k, v in arguments.items() if k in known})).to(device)
-    net: Any = torch.compile(model) if job["fast"] else model
+    net: Any = torch.compile(model) if fast else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=shape["lr"], betas=(shape["beta1"], shape["beta2"]), weight_decay=shape["weight_decay"],
         fused=device.type == "cuda",
@@ -78,7 +77,7 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
 
     def micro_step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job["fast"]):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
             _, loss = net(x_BT, y_BT)
         (loss / n_micro).backward()
 

@@ -14,8 +14,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from core.config import Config
 from core.console import new_file
 from core.distributed import pick_device
 from core.errors import UserError, at_least
@@ -23,13 +24,9 @@ from core.measure import speedup, spread
 from core.sweep.trial import bench_config, bench_data
 from lab.bench.peers import peer
 from lab.bench.trainee import trainee
-from lab.bench.turns import start_all, take_turns
+from lab.bench.turns import Candidate, start_all, take_turns
 
-if TYPE_CHECKING:
-    from core.config import Config
-    from lab.bench.turns import Candidate
-
-Pair = tuple["Candidate", "Config"]
+Pair = tuple[Candidate, Config]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="checkout with a nanoGPT-style model.py or train_gpt2.py, at the first candidate's shape; options as above",
     )
-    add("--vs_tuned", action="store_true", help="the peers in our dtype and compiled on a CPU too; else as they ship")
     add(
         "--profile",
         type=new_file,
@@ -82,7 +78,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     with bench_data(cfgs, args.synthetic) as cfgs:
         ours = [(trainee(name, cfg, not args.no_bare), cfg) for name, cfg in zip(names, cfgs, strict=True)]
         device = pick_device(cfgs[0].device)
-        peers = [(peer(word, cfg, device, args.vs_tuned), cfg) for word, cfg in zip(args.vs, theirs, strict=True)]
+        peers = [(peer(word, cfg, device), cfg) for word, cfg in zip(args.vs, theirs, strict=True)]
         everyone = [candidate for candidate, _ in (*peers, *ours)]
         keep: Callable[[], None] = lambda: args.keep(summarize(ours, peers, unfinished=True))  # noqa: E731
         try:
