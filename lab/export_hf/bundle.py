@@ -64,7 +64,7 @@ def bundle(encoding: str) -> dict[str, str]:
             continue
         text = replaced.get(module) or source(module)
         texts[flat(module)] = IMPORT.sub(lambda found: f"{found[1]}.{flat(found[2])}", text)
-        waiting += needs(text)
+        waiting += [name for name in imported(text) if re.fullmatch("|".join(OURS), name.partition(".")[0])]
     others = sorted(texts.keys() - {flat(START)})
     texts[flat(START)] += ALL_FILES + "".join(f"    from .{name} import __name__\n" for name in others)
     code = hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()
@@ -98,7 +98,7 @@ def source(module: str) -> str:
     if module.startswith("plugin_"):
         path = Path(str(sys.modules[module].__file__))
         text = path.read_text(encoding="utf-8")
-        beside = {file.stem for file in path.parent.glob("*.py")} & imported(text)
+        beside = {file.stem for file in path.parent.glob("*.py")} & {name.partition(".")[0] for name in imported(text)}
         if beside:
             raise UserError(f"{path}: imports {min(beside)}.py beside it, and an export takes one file; put it all into one")
         return text
@@ -107,15 +107,7 @@ def source(module: str) -> str:
 
 
 def imported(text: str) -> set[str]:
-    """The first words of the modules that a file imports."""
+    """The modules that a file imports."""
     nodes = list(ast.walk(ast.parse(text)))
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return {
-        name.partition(".")[0] for name in plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    }
-
-
-def needs(text: str) -> list[str]:
-    """The modules of ours that a module imports."""
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and not node.level]
-    return [node.module for node in nodes if node.module and re.fullmatch("|".join(OURS), node.module.partition(".")[0])]
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
