@@ -134,7 +134,6 @@ def write_folder(job: Job, source: Source, tokenizer: Tokenizer, terms: dict[str
 
 def expected_tokens(source: Source, tokenizer: str, limit_tokens: int | None) -> int:
     """About how many tokens `source` gives, by the sizes of its files."""
-    load_tokenizer(tokenizer)  # refuses an unknown one
     expected = int(sum(file.text_bytes for file in source.files) / BYTES_PER_TOKEN[tokenizer])
     return min(expected, limit_tokens) if limit_tokens else expected
 

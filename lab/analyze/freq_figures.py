@@ -142,13 +142,15 @@ def color(z: float) -> str:
 
 def draw_text(found: dict[str, Any], path: Path) -> None:
     """freq_text.png: the sentence once for each layer, colored by the mean of its heads; for each head where there is one f."""
+    from matplotlib.patches import Rectangle
+
     groups = rows(found)
     shown = [row for group in groups for row in (group[:9] if len(groups) == 1 else group[:1])]
     places, lines = layout(found["text"]["tokens"])
     figure, axes = panels(len(shown), 1, width=COLUMNS * 0.0875, height=0.34 + 0.2 * lines)
     for axis, (name, _, z_T) in zip(axes[:, 0], shown, strict=True):
         for (column, row, piece), z in zip(places, z_T, strict=False):
-            axis.add_patch(_rectangle(column, row, len(piece), color(z)))
+            axis.add_patch(Rectangle((column, row + 0.04), len(piece), 0.92, facecolor=color(z), edgecolor="none"))
             axis.text(column, row + 0.5, piece, family="monospace", fontsize=9.5, va="center", parse_math=False)
         axis.set(xlim=(0, COLUMNS), ylim=(lines, 0))
         axis.set_title(name, fontsize=8.5, loc="left", pad=2)
@@ -158,12 +160,6 @@ def draw_text(found: dict[str, Any], path: Path) -> None:
         f"{found['run']}: blue, f below its mean over the validation set; orange, above ({FULL:g} σ: full){cut}", fontsize=9
     )
     save(figure, path)
-
-
-def _rectangle(column: int, row: int, width: int, face: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column, row + 0.04), width, 0.92, facecolor=face, edgecolor="none")
 
 
 def layout(tokens: list[str]) -> tuple[list[tuple[int, int, str]], int]:

@@ -197,10 +197,5 @@ def draw_points(axis: Any, one: dict[str, Any], key: str, errors: list[float]) -
         axis.errorbar(
             [x + 0.14 * (i - 2) for x, _, _ in shown], [y for _, y, _ in shown], [e for _, _, e in shown], label=label, **style
         )
-    axis.set_xticks(range(len(lengths)), [mark(n, one["block_size"]) for n in lengths])
+    axis.set_xticks(range(len(lengths)), [f"{n}\n(trained at)" if n == one["block_size"] else str(n) for n in lengths])
     axis.grid(axis="x", visible=False)
-
-
-def mark(length: int, block_size: int) -> str:
-    """A length, named where it is the training length."""
-    return f"{length}\n(trained at)" if length == block_size else str(length)

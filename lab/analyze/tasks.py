@@ -11,7 +11,6 @@ Shapes: B examples, T tokens, A characters of an answer, K characters that each 
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from core.distributed import Distributed, pick_dtype
 from core.errors import UserError
 from core.evaluate import pieces
 from core.figures import BASELINE, line, log_ticks, panels, save
+from core.tables import mean_and_error
 from lab.analyze.task_data import SHORTEST, TASKS, VOCABULARIES, example, ids_of
 from lab.analyze.task_shards import write_shards
 from model import GPT
@@ -139,8 +139,8 @@ def measure(model: GPT, tokenizer: str, task: str, length: int, examples: int, s
         right.append(one_right_BA)
         nll.append(one_nll_BA)
     right_BA, nll_BA = torch.cat(right).double(), torch.cat(nll)
-    accuracy, stderr = mean_and_error(right_BA.mean(1))
-    mean_nll, nll_stderr = mean_and_error(nll_BA.mean(1))
+    accuracy, stderr = mean_and_error(right_BA.mean(1).tolist())
+    mean_nll, nll_stderr = mean_and_error(nll_BA.mean(1).tolist())
     found = {"accuracy": accuracy, "stderr": stderr, "exact": right_BA.prod(1).mean().item(), "nll": mean_nll, "n": examples}
     found |= {"nll_stderr": nll_stderr, "answers": n_answers}
     depths = [one.depth for one in drawn if one.depth is not None]
@@ -174,21 +174,14 @@ def grade(logits_BAK: Tensor, answers_BA: Tensor, choices_K: Tensor) -> tuple[Te
     return logits_BAK.argmax(-1) == index_BA1[..., 0], nll_BA
 
 
-def mean_and_error(values_B: Tensor) -> tuple[float, float | None]:
-    """Mean and its standard error; of a single value the error is unknown."""
-    n = len(values_B)
-    return values_B.mean().item(), (values_B.std() / math.sqrt(n)).item() if n > 1 else None
-
-
 def by_depth(accuracy_B: Tensor, depths: list[float]) -> list[dict[str, Any]]:
     """Accuracy of the examples whose answer can be found in each fifth of the text, 0 being its beginning."""
     bin_B = (torch.tensor(depths) * DEPTHS).long().clamp(max=DEPTHS - 1)
     found = []
     for i in range(DEPTHS):
-        mine = accuracy_B[bin_B == i]
+        mine = accuracy_B[bin_B == i].tolist()
         accuracy, stderr = mean_and_error(mine) if len(mine) else (None, None)
-        fifth = {"from": i / DEPTHS, "to": (i + 1) / DEPTHS, "accuracy": accuracy, "stderr": stderr, "n": len(mine)}
-        found.append(fifth)
+        found.append({"from": i / DEPTHS, "to": (i + 1) / DEPTHS, "accuracy": accuracy, "stderr": stderr, "n": len(mine)})
     return found
 
 

@@ -20,7 +20,7 @@ from core.distributed import Distributed
 from core.errors import UserError, at_least, command
 from core.files import ROOT, atomic_write
 from core.provenance import git_version
-from lab.report.data import RunRecord, find_runs, read_runs
+from lab.report.data import find_runs, read_runs
 from lab.report.html import Page
 from lab.report.samples import add_samples
 from table1 import PAPER
@@ -50,19 +50,14 @@ def plotly_script() -> str:
     return get_plotlyjs()
 
 
-def take_samples(records: list[RunRecord], args: argparse.Namespace) -> None:
-    """Let each run write; on a GPU or on the CPU, in float32 as sample.py does."""
-    with Distributed.start(args.device, "float32") as dist:
-        for record in records:
-            add_samples(record, args.prompt or [""], args.samples, dist)
-
-
 def render(args: argparse.Namespace) -> str:
     """The page for the command line."""
     plotly = plotly_script()
     records = read_runs(find_runs(args.runs))
     if args.samples:
-        take_samples(records, args)
+        with Distributed.start(args.device, "float32") as dist:  # as sample.py does
+            for record in records:
+                add_samples(record, args.prompt or [""], args.samples, dist)
     encodings = list(dict.fromkeys(record.encoding for record in records))
     listed = ", ".join(encodings[:6]) + (f" and {len(encodings) - 6} more" if len(encodings) > 6 else "")
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,7 +1,6 @@
 """Samples for the report: what a run writes on from a prompt, by the settings that sample.py has as its own."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,9 @@ TOKENS, TEMPERATURE = 200, 0.8
 def add_samples(record: RunRecord, prompts: Sequence[str], number: int, dist: Distributed) -> None:
     """Put `number` samples for each prompt into the record, seeds from 1 on; a note where there can be none."""
     try:
-        model, state, _ = load_model(_known(record.folder))
+        if not (record.folder / "checkpoints").is_dir():
+            raise UserError("no checkpoint")
+        model, state, _ = load_model(record.folder)
         tokenizer = load_tokenizer(state.tokenizer)
         if tokenizer.n_vocab > model.cfg.vocab_size:
             raise UserError(f"its {model.cfg.vocab_size} ids are fewer than the {tokenizer.n_vocab} of {tokenizer.name!r}")
@@ -30,12 +31,6 @@ def add_samples(record: RunRecord, prompts: Sequence[str], number: int, dist: Di
                 record.samples.append((prompt, *continuation(model, tokenizer, prompt, seed, dist)))
     except UserError as error:
         record.notes.append(f"no sample: {error}")
-
-
-def _known(folder: Path) -> Path:
-    if not (folder / "checkpoints").is_dir():
-        raise UserError("no checkpoint")
-    return folder
 
 
 def continuation(model: GPT, tokenizer: Tokenizer, prompt: str, seed: int, dist: Distributed) -> tuple[str, str]:
