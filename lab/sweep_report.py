@@ -1,10 +1,6 @@
-"""What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure.
-
-python -m lab.sweep_report    puts results/lab-cpu.json, intervene-cpu.json, lab-gpu.npz into docs/findings.md
-"""
+"""What a grid of runs says: means over seeds, differences to the baseline within a seed, a table and a figure."""
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +11,13 @@ import torch
 from core.config import FREE_ON_RESUME, Config, load_config
 from core.data import TokenStream
 from core.distributed import format_name, pick_device, pick_dtype
-from core.documents import Losses, load
 from core.errors import UserError
-from core.figures import panels, save
 from core.files import ROOT
 from core.fingerprint import source_of
 from core.provenance import git_version
 from core.results import FIELDS
 from core.sweep.plan import Entry
-from core.sweep.report import differences, draw, draw_panel, perplexities, summarize
-from core.tables import mean_and_error, plus_minus, table, write_blocks
+from core.sweep.report import differences, draw, perplexities, summarize
 from positional import ENCODINGS
 
 KEPT = (  # of an evaluation's record
@@ -161,89 +154,3 @@ def outdated(runs: Sequence[dict[str, Any]]) -> list[str]:
     """The variants with a run of an encoding's earlier code; an early report does not say which code it was."""
     said = dict.fromkeys((r["encoding"], r["source"]) for r in runs if r.get("source"))
     return [variant for variant, source in said if not (now := encoding_of(variant, runs)) or source_of(now) != source]
-
-
-PAGE = ROOT / "docs/findings.md"
-
-
-def render_interventions(found: dict[str, Any]) -> str:
-    """A row per replacement of f, a column per encoding and length: what it adds to the loss, over the runs of the encoding."""
-    at: dict[tuple[str, str, int], list[float]] = {}
-    for run in found["runs"]:
-        for r in run["results"]:
-            at.setdefault((r["f"], run["encoding"], r["length"]), []).append(r["difference"])
-    columns = list(dict.fromkeys((encoding, length) for _, encoding, length in at))
-    heads = [f"{encoding}, {length}" for encoding, length in columns]
-    rows = [
-        [words, *(plus_minus(*mean_and_error(at[change, encoding, length]), "+.3f") for encoding, length in columns)]
-        for change, words in REPLACED.items()
-    ]
-    n = {encoding: sum(run["encoding"] == encoding for run in found["runs"]) for encoding, _ in columns}
-    text = table(["nats per token more with f", *heads], rows)
-    return f"{text}\nMean ± standard error over {min(n.values())} runs each.\n"
-
-
-def render_documents(losses: Losses) -> str:
-    """A row per run: its perplexity at each length, and how many nats a token it is behind the first, over the same documents.
-
-    The error is that of a ratio of sums over documents (Cochran, Sampling Techniques, 3rd ed., eq. 6.13): it says how well
-    these documents stand for others, and nothing of other seeds.
-    """
-    heads, tokens_D = [f"{length:,}" for length in losses.lengths], losses.tokens
-    n, total = len(tokens_D), tokens_D.sum()
-    first, second = [], []
-    for i, run in enumerate(losses.runs):
-        first.append([run, *(f"{math.exp(sums_D.sum() / total):.3f}" for sums_D in losses.loss[i])])
-        cells = []
-        for difference_D in losses.loss[i] - losses.loss[0]:
-            mean = difference_D.sum() / total
-            error = math.sqrt(((difference_D - mean * tokens_D) ** 2).sum() * n / (n - 1)) / total
-            cells.append(plus_minus(mean, error, "+.4f"))
-        second += [[run, *cells]] if i else []
-    tables = table(["perplexity", *heads], first), table([f"− {losses.runs[0]}, nats", *heads], second)
-    return "\n".join([*tables, f"{n} documents, {total:,} tokens; ± is the standard error over documents.\n"])
-
-
-REPLACED = {
-    "shuffle": "of other tokens of the window",
-    "other": "of another window",
-    "mean": "its mean per head",
-    "rope": "RoPE's θ₁",
-}
-
-
-def blocks() -> dict[str, str]:
-    """Text for each marker of the page."""
-    lab, again, interventions = (
-        json.loads((ROOT / f"results/{name}-cpu.json").read_text()) for name in ("lab", "lab-again", "intervene")
-    )
-    gpu = render_documents(load(ROOT / "results/lab-gpu.npz"))
-    return {"lab": render(lab), "lab-again": render(again), "intervene": render_interventions(interventions), "lab-gpu": gpu}
-
-
-IN_README = ("rope", "carope", "carope_hidden", "alibi", "nope", "learned")
-
-
-def draw_findings(path: Path) -> None:
-    """The README's figure: the encodings that it speaks of, small on a CPU and larger on a GPU."""
-    figure, axes = panels(1, 2, width=5.2, height=4.0)
-    for axis, name in zip(axes.flat, ("lab-cpu", "lab-gpu"), strict=True):
-        found = json.loads((ROOT / f"results/{name}.json").read_text())
-        cfg, seeds = found["config"], max(r["n"] for r in found["summary"])
-        draw_panel(axis, found["summary"], IN_README, {cfg["block_size"]}, None)
-        size = f"{cfg['n_layer']} layers, width {cfg['n_embd']}, trained at {cfg['block_size']}"
-        axis.set_title(f"{size}: {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
-    axes[0, 0].set_ylabel("perplexity (a token is a byte)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
-    save(figure, path)
-
-
-def write_page() -> None:
-    """Put the tables into docs/findings.md, and the figures of that page and of the README into docs/."""
-    write_blocks(PAGE, blocks())
-    draw_families(json.loads((ROOT / "results/lab-cpu.json").read_text()), PAGE.parent / "lab-cpu.png")
-    draw_findings(PAGE.parent / "carope-vs-rope.png")
-
-
-if __name__ == "__main__":
-    write_page()

@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT
 from fault_report import render_figures
 
+from lab.pages.__main__ import PAGES as COMPUTED
+
 PAGE = (ROOT / "docs/reliability.md").read_text()
 
 
@@ -24,24 +26,20 @@ def test_every_promise_has_its_test(number):
     assert f"`tests/faults/{path.name}`" in PAGE
 
 
-def test_the_tables_of_scaling_are_the_models_and_the_measured_ones():
-    from lab.bench.scaling_report import blocks
+@pytest.mark.parametrize("page", COMPUTED)
+def test_what_is_computed_in_a_page_is_what_results_model_and_classes_say(page):
+    text = (ROOT / page).read_text()
+    for name, block in COMPUTED[page]().items():
+        assert f"<!-- {name} -->\n{block}<!-- end -->" in text, f"python -m lab.pages {page} writes it"
 
-    page = (ROOT / "docs/scaling.md").read_text()
-    for name, text in blocks().items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m lab.bench.scaling_report writes them"
+
+def test_measured_figures_say_where_they_come_from():
+    from lab.pages.performance import TARGETS, result
+
     report = json.loads((ROOT / "results/overlap-cpu.json").read_text())
-    assert {"command", "git", "device", "torch", "world_size", "backend"} <= set(report) and "dirty" not in report["git"]
-
-
-def test_the_tables_of_performance_are_those_of_the_benchmarks():
-    from lab.bench.performance_report import TARGETS, blocks, result
-
-    page = (ROOT / "docs/performance.md").read_text()
-    for name, text in blocks().items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m lab.bench.performance_report writes them"
-    for name in {name for _, _, name, _ in TARGETS if name}:
-        assert {"command", "git", "device", "torch"} <= set(result(name)) and "dirty" not in result(name)["git"]
+    assert {"world_size", "backend"} <= set(report)
+    for found in (report, *(result(name) for name in {name for _, _, name, _ in TARGETS})):
+        assert {"command", "git", "device", "torch"} <= set(found) and "dirty" not in found["git"]
 
 
 def test_every_option_the_page_names_exists():
@@ -51,22 +49,16 @@ def test_every_option_the_page_names_exists():
         assert key in Config.model_fields or key == "nproc_per_node", key
 
 
-def test_the_table_of_encodings_is_what_the_classes_say():
-    from lab.encodings_report import render
+def test_every_encoding_has_its_row():
     from positional import ENCODINGS
 
     page = (ROOT / "docs/encodings.md").read_text()
-    assert f"<!-- encodings -->\n{render()}<!-- end -->" in page, "python -m lab.encodings_report writes it"
     assert all(f"| `{name}` | " in page for name in ENCODINGS)
 
 
-def test_the_tables_of_the_findings_are_those_of_the_laboratory():
+def test_the_summary_of_the_laboratory_is_that_of_its_runs():
     from core.sweep.report import summarize
-    from lab.sweep_report import blocks
 
-    page = (ROOT / "docs/findings.md").read_text()
-    for name, text in blocks().items():
-        assert f"<!-- {name} -->\n{text}<!-- end -->" in page, "python -m lab.sweep_report writes them"
     found = json.loads((ROOT / "results/lab-cpu.json").read_text())
     assert found["summary"] == summarize(found["runs"], found["baseline"])
     assert not any("dirty" in run["git"] for run in found["runs"])

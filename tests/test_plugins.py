@@ -347,7 +347,7 @@ def test_the_steps_of_new_encoding_into_the_repository(corpus, tmp_path):
     run("train.py", "config/demo.toml", "config/log_rope.toml", f"--data={corpus}", f"--out_dir={tmp_path}", *SCALE)
     state = json.loads(next(tmp_path.glob("demo-log_rope/checkpoints/*/state.json")).read_text())
     assert state["config"]["log_rope_scale"] == 32.0 and state["plugin"] is None
-    run("-m", "lab.encodings_report")
+    run("-m", "lab.pages", "docs/encodings.md", "README.md")
     page, readme = (copy / "docs/encodings.md").read_text(), (copy / "README.md").read_text()
     assert all(f"| `{name}` | " in page and f"`{name}`" in readme for name in ("halves", "log_rope", "square_root", "budget"))
     tests = ["tests/test_positional.py", "tests/test_config.py"]

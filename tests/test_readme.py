@@ -65,7 +65,7 @@ def test_the_papers_numbers_are_those_of_table1():
 
 def test_the_estimated_hours_are_those_of_the_dry_run():
     from core.sweep.scaling import Machine
-    from lab.bench.scaling_report import ENCODINGS, config, hours_from
+    from lab.pages.scaling import ENCODINGS, config, hours_from
 
     sizes = {size: [config(size, encoding) for encoding in ENCODINGS] for size in ("tiny", "small")}
     tiny, small = (hours_from(cfgs[0], 0, 2) for cfgs in sizes.values())

@@ -16,9 +16,9 @@ from test_positional import build, tokens
 import lab.analyze.__main__ as analyze
 from core.config import load_config
 from core.errors import UserError
-from lab import tasks_report
 from lab.analyze import task_data, tasks
 from lab.analyze.task_data import SHORTEST, TASKS, VOCABULARIES, Example, block, example, ids_of
+from lab.pages import findings
 from positional import ENCODINGS
 from text.shards import find_shards, open_shard, read_manifest
 from text.tokenizer import load_tokenizer
@@ -270,16 +270,15 @@ def test_runs_of_several_seeds_become_one_line():
         return {"run": f"{encoding}-{near}", "encoding": encoding, "block_size": 32, "results": results}
 
     found = {"runs": [one("rope", 0.5, 0.25), one("learned", 1.0, None), one("rope", 0.7, 0.25)]}
-    rope, learned = tasks_report.merge(found)
+    rope, learned = findings.merge_seeds(found)
     assert [r["accuracy"] for r in rope["results"]] == pytest.approx([0.6, 0.25]) and rope["n"] == 2
     assert [r["stderr"] for r in rope["results"]] == pytest.approx([0.1, 0.0])
     assert [r["stderr"] for r in learned["results"]] == [0.03, None] and learned["n"] == 1
-    text = tasks_report.render(found)
+    text = findings.render_tasks(found)
     assert "| copy (a guess: 0.10) | rope | 0.60 ± 0.10 | 0.25 ± 0.00 | 2 |\n| | learned | 1.00 ± 0.03 | – | 1 |\n" in text
     assert "of a single run over its 9 examples" in text
 
 
-def test_the_table_of_the_findings_is_that_of_the_runs():
-    found = json.loads(tasks_report.RESULTS.read_text())
-    assert f"<!-- tasks -->\n{tasks_report.render(found)}<!-- end -->" in tasks_report.PAGE.read_text()
+def test_the_results_in_the_findings_say_where_they_come_from():
+    found = findings.result("tasks")
     assert {"command", "git", "date", "trained"} <= set(found) and "dirty" not in found["git"] + json.dumps(found["trained"])

@@ -1,7 +1,4 @@
-"""docs/encodings.md: a row for every encoding of the registry, from what its class says of itself; README.md: the families.
-
-python -m lab.encodings_report
-"""
+"""docs/encodings.md: a row for every encoding of the registry, from what its class says of itself; README.md: the families."""
 
 import inspect
 import re
@@ -9,10 +6,8 @@ from typing import Any
 
 from core.config import load_config
 from core.files import ROOT
-from core.tables import table, write_blocks
+from core.tables import table
 from positional import ENCODINGS
-
-PAGE = ROOT / "docs/encodings.md"
 
 
 def parameters(name: str, cfg: Any) -> int:
@@ -45,13 +40,3 @@ def families() -> str:
     for name, cls in ENCODINGS.items():
         names.setdefault(cls.family, []).append(f"`{name}`")
     return table(["family", "names"], [[title, " ".join(mine)] for title, mine in names.items()])
-
-
-def main() -> None:
-    """Put the tables into the pages."""
-    write_blocks(PAGE, {"encodings": render()})
-    write_blocks(ROOT / "README.md", {"families": families()})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,12 @@
-"""The tables of docs/performance.md, from results/bench-*.json and results/gpu-bench*.json.
-
-python -m lab.bench.performance_report          # write them into the page
-"""
+"""docs/performance.md: its tables, from results/bench-*.json and results/gpu-bench*.json."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
 from core.files import ROOT
-from core.tables import table, write_blocks
+from core.tables import table
 
-PAGE = ROOT / "docs/performance.md"
 Value = Callable[[dict[str, Any]], str]
 
 
@@ -177,12 +173,3 @@ def source(found: dict[str, Any]) -> str:
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
     return {"targets": render_targets(), "gpu": render_gpu(), "training": render_training()}
-
-
-def main() -> None:
-    """Put the tables into the page."""
-    write_blocks(PAGE, blocks())
-
-
-if __name__ == "__main__":
-    main()

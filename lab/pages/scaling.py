@@ -1,7 +1,4 @@
-"""The tables of docs/scaling.md, from the model and from results/overlap-cpu.json.
-
-python -m lab.bench.scaling_report          # write them into the page
-"""
+"""docs/scaling.md: its tables, from the model and from results/overlap-cpu.json."""
 
 import json
 from typing import Any
@@ -9,10 +6,9 @@ from typing import Any
 from core.config import Config, load_config
 from core.files import ROOT
 from core.sweep.scaling import MEASURED, Machine, describe, hours_from, machine_for, memory, predict, render
-from core.tables import table, write_blocks
+from core.tables import table
 from lab.bench import overlap
 
-PAGE = ROOT / "docs/scaling.md"
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 ENCODINGS = ("rope", "carope", "learned", "sinusoidal")
 
@@ -74,12 +70,3 @@ def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
     report = json.loads((ROOT / "results/overlap-cpu.json").read_text())
     return {"steps": render_steps(), "table1": render_table1(), "memory": render_memory(), "overlap": render_overlap(report)}
-
-
-def main() -> None:
-    """Put the tables into the page."""
-    write_blocks(PAGE, blocks())
-
-
-if __name__ == "__main__":
-    main()

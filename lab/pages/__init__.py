@@ -1,0 +1,1 @@
+"""What is computed in README.md and docs/, a module per page."""
