@@ -9,16 +9,27 @@ Every token is one ASCII character: in the byte vocabulary its byte, in GPT-2's 
 256 of them. So the text is the same in both; for a model with GPT-2's, it is an unusual spelling. The end-of-text token comes
 first, the answer last.
 
+Training reads rows of block_size tokens from the beginning of the stream on. Shards here are made of blocks of just that
+length, each of whole examples; so every row begins with an end-of-text token and no example is cut.
+
 Shapes: T tokens of an example.
 """
 
+import platform
 import zlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
+from tqdm import tqdm
 
+from core.console import no_bar
+from core.errors import UserError
+from core.files import locked, write_json
+from text.shard_writer import ShardWriter
+from text.shards import MANIFEST, SHARD_SUFFIXES
 from text.tokenizer import GPT2, Bytes
 
 SHORTEST, LONGEST = 16, 2**24  # tokens; every task has room in the former
@@ -27,6 +38,10 @@ OTHERS = 8  # pairs of induction besides the one that is asked
 VOCABULARIES = {one.name: one for one in (Bytes, GPT2)}
 SPLITS = ("train", "val", "eval")  # no two share an example's random numbers
 LOWER, UPPER, DIGITS = (np.arange(ord(first), ord(last) + 1, dtype=np.uint8) for first, last in ("az", "AZ", "09"))
+SHARD_TOKENS = 100_000_000
+VAL_SHARE = 20  # one in so many tokens, and at most
+VAL_TOKENS = 1_000_000
+MOST_TOKENS = 2**40
 # Mohtashami and Jaggi's (2305.16300, section 4.2)
 FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
@@ -139,3 +154,50 @@ def block(tasks: list[str], seed: int, split: str, index: int, length: int, toke
 def generator(purpose: str, seed: int, split: str, index: int, length: int) -> Generator:
     """The random numbers of one example, independent of all others."""
     return np.random.default_rng([zlib.crc32(purpose.encode()), seed, SPLITS.index(split), index, length])
+
+
+def write_shards(folder: Path, tasks: Sequence[str], length: int, tokens: int, seed: int, tokenizer: str) -> dict[str, Any]:
+    """Write about `tokens` training tokens, a twentieth as many of validation, and the manifest, which it returns.
+
+    Raises UserError for an impossible length, fewer tokens than one block, or a folder with shards in it.
+    """
+    if not SHORTEST <= length <= LONGEST:
+        raise UserError(f"--length = {length}: must be at least {SHORTEST}, for a task to have room, and at most {LONGEST}")
+    if not length <= tokens <= MOST_TOKENS:
+        raise UserError(f"--tokens = {tokens}: must be at least one window, --length = {length}, and at most {MOST_TOKENS}")
+    with locked(folder):
+        if any(path.suffix in SHARD_SUFFIXES for path in folder.iterdir()):
+            raise UserError(f"{folder}: holds shards already; choose another folder, or delete it")
+        n_blocks = {"val": max(1, min(tokens // VAL_SHARE, VAL_TOKENS) // length), "train": tokens // length}
+        shards: list[dict[str, Any]] = []
+        for split, total in n_blocks.items():
+            at_once = max(1, SHARD_TOKENS // length)
+            for first in range(0, total, at_once):
+                path = folder / f"{split}_{len(shards):06d}.bin"
+                numbers = range(first, min(total, first + at_once))
+                shards.append(write_one(path, list(tasks), length, numbers, seed, split, tokenizer))
+        manifest = {
+            "source": ["tasks"], "tasks": list(tasks), "length": length, "seed": seed, "tokenizer": tokenizer,
+            "n_vocab": VOCABULARIES[tokenizer].n_vocab, "eot": VOCABULARIES[tokenizer].eot,
+            "tokens": sum(shard["tokens"] for shard in shards), "documents": sum(shard["documents"] for shard in shards),
+            "shards": shards, "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        }  # fmt: skip
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def write_one(
+    path: Path, tasks: list[str], length: int, numbers: range, seed: int, split: str, tokenizer: str
+) -> dict[str, Any]:
+    """Write the blocks `numbers` of a split as one shard, whole or not at all; returns its entry in the manifest."""
+    shard, documents = ShardWriter(path, len(numbers) * length), 0
+    try:
+        for index in tqdm(numbers, desc=path.name, unit="window", leave=False, disable=no_bar()):
+            for tokens in block(tasks, seed, split, index, length, tokenizer):
+                documents += 1
+                shard.write(tokens)
+        sha256 = shard.close()
+    except BaseException:
+        shard.abort()
+        raise
+    return {"file": path.name, "split": split, "tokens": shard.n_tokens, "documents": documents, "sha256": sha256}

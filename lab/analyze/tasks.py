@@ -24,9 +24,8 @@ from core.distributed import Distributed, pick_dtype
 from core.errors import UserError
 from core.evaluate import pieces
 from core.figures import BASELINE, line, log_ticks, panels, save
-from core.tables import mean_and_error
-from lab.analyze.task_data import SHORTEST, TASKS, VOCABULARIES, example, ids_of
-from lab.analyze.task_shards import write_shards
+from core.tables import mean_and_error, plus_minus
+from lab.analyze.task_data import SHORTEST, TASKS, VOCABULARIES, example, ids_of, write_shards
 from model import GPT
 
 OWN_DATA = True  # lab.analyze: no text is read, and no RUN is needed for --write_shards
@@ -193,7 +192,7 @@ def render(found: list[dict[str, Any]], tasks: list[str]) -> str:
         lines.append(f"{task}: accuracy ± standard error, {rows[0][0]['chance']:.3f} by guessing, at × the training length")
         lines.append(" " * width + "".join(f"{'×' + str(r['factor']):>15}" for r in rows[0]))
         for one, row in zip(found, rows, strict=True):
-            cells = ["–" if r["accuracy"] is None else f"{r['accuracy']:.3f} ± {r['stderr']:.3f}" for r in row]
+            cells = [plus_minus(r["accuracy"], r["stderr"], ".3f") for r in row]
             lines.append(one["run"].ljust(width) + "".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
