@@ -37,7 +37,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
             "eval_over_train": speedup(seconds["eval"], seconds["train"]),
             "matmul_tflops": round(mm_rate / 1e12, 4),
             "mfu_measured": round(flops / mm_rate, 4),
-            "dtype": str(dist.dtype).removeprefix("torch."),
             "config": cfg.model_dump(exclude={"name", "out_dir"}),
         }  # fmt: skip
         trainee.close()

@@ -8,6 +8,7 @@ from core.provenance import git_version
 from core.results import Result, read_results
 from core.tables import table
 from model import GPT
+from text.tokenizer import EOT
 
 SHOWN = ("encoding", "n_layer", "n_head", "n_embd", "block_size", "tokens_per_step", "steps", "lr", "seed")
 
@@ -42,7 +43,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{code})
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{code})
 ```
 
-Every training document began with `{"<|endoftext|>"}`, so a text should, too. {longest}The rows of the embedding that pad the
+Every training document began with `{EOT}`, so a text should, too. {longest}The rows of the embedding that pad the
 vocabulary are left out: {n_vocab} tokens remain, all of the tokenizer's.
 
 ## Training

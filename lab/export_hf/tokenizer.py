@@ -7,9 +7,8 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import sha256_file
-from text.tokenizer import ENCODER_JSON_SHA256, VOCAB_BPE_SHA256, Tokenizer
+from text.tokenizer import ENCODER_JSON_SHA256, EOT, VOCAB_BPE_SHA256, Tokenizer
 
-EOT = "<|endoftext|>"
 COMMON = {"bos_token": EOT, "eos_token": EOT, "clean_up_tokenization_spaces": False}
 GPT2_FILES = {
     "vocab.json": ("encoder.json", ENCODER_JSON_SHA256),
