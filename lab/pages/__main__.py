@@ -4,9 +4,9 @@ python -m lab.pages                                 # all pages
 python -m lab.pages docs/encodings.md README.md     # some
 """
 
-import sys
 from collections.abc import Callable
 
+from core.console import CommandLine
 from core.errors import UserError, command
 from core.files import ROOT
 from core.tables import write_blocks
@@ -25,7 +25,9 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {  # page → the text for each
 @command
 def main() -> None:
     """Write the pages that the command line names, or all, and the figures of docs/findings.md with it."""
-    pages = sys.argv[1:] or list(PAGES)
+    parser = CommandLine(__doc__)
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"some of {', '.join(PAGES)} [default: all]")
+    pages = parser.parse_args().pages or list(PAGES)
     if unknown := [page for page in pages if page not in PAGES]:
         raise UserError(f"{unknown[0]}: nothing is computed there; pages are {', '.join(PAGES)}")
     for page in pages:
