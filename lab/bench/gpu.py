@@ -11,6 +11,7 @@ Where there is no .git folder, the variable CAROPE_COMMIT names the commit.
 
 import argparse
 import json
+import lzma
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -29,8 +30,8 @@ from core.errors import EXIT_REQUEUE, UserError, command
 from core.files import ROOT, write_json
 from core.host import signals_to
 from lab.bench.gpu_sampler import Sampler
-from lab.bench.gpu_setup import install_wheels, prepare, unpack
 
+TEXT = "text.jsonl.xz"  # in the kit
 # Seconds kept for each stage, the start of the process among the first's; what they leave is the laboratory's
 SECONDS = {"machine": 30, "correctness": 90, "speed": 175, "lab": 270}
 PATIENCE = 160  # seconds from its start until speed begins to time, with what is compiled by then
@@ -275,6 +276,39 @@ class Plan:
             show(self.work / f"{size}.txt")
         if "text" in self.failed:
             print(f"lab: {self.failed['text']}", flush=True)
+
+
+def install_wheels(kit: Path, site: Path) -> None:
+    """Install the packed wheels into the folder `site`, which is emptied first. Raises UserError where pip cannot."""
+    wheels = sorted(map(str, kit.glob("wheels/*.whl")))
+    shutil.rmtree(site, ignore_errors=True)
+    words = ["install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
+    if wheels and subprocess.run([sys.executable, "-m", "pip", *words, *wheels]).returncode:
+        raise UserError(f"{kit}/wheels: pip cannot install them; its message stands above")
+
+
+def unpack(kit: Path, folder: Path) -> Path:
+    """The packed text as a file in `folder`; xz compares its sha256. Raises UserError where it is damaged or not there."""
+    text, packed = folder / "text.jsonl", kit / TEXT
+    if text.exists():
+        return text
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lzma.open(packed) as source, open(f"{text}.part", "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 24)
+        os.replace(f"{text}.part", text)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{packed}: cannot be unpacked ({error}); python -m lab.bench.gpu_pack --text makes it") from None
+    return text
+
+
+def prepare(text: Path, folder: Path, val_tokens: Mapping[str, int], env: Mapping[str, str]) -> None:
+    """Shards of `text`, in a folder for each tokenizer of `val_tokens`. Raises UserError where prepare_fineweb.py fails."""
+    for tokenizer, n_val in val_tokens.items():
+        where = ["--source", str(text), "--out", str(folder / tokenizer)]
+        what = ["--tokenizer", tokenizer, "--val_tokens", str(n_val), "--workers", "4"]
+        if code := subprocess.run([sys.executable, "prepare_fineweb.py", "--quiet", *where, *what], env=env).returncode:
+            raise UserError(f"{folder / tokenizer}: prepare_fineweb.py ended with exit code {code}; its message stands above")
 
 
 def show(log: Path) -> None:

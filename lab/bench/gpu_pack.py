@@ -20,7 +20,7 @@ from pathlib import Path
 from core.console import CommandLine, given_path, new_folder
 from core.errors import UserError, command
 from core.files import ROOT, atomic_write
-from lab.bench.gpu_setup import TEXT
+from lab.bench.gpu import TEXT
 from lab.bench.peers import FILES, load_definitions
 from text.corpus import read_pieces
 from text.sources import LocalFiles
