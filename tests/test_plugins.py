@@ -219,26 +219,43 @@ register("three")(make(3))
 """
 
 
-def test_the_hash_sees_whatever_a_plugin_computes_with_and_is_the_same_in_every_process(tmp_path):
-    def hashes(text: str = HASHED, beside: str = "F = 1") -> dict[str, str]:
-        (tmp_path / "hashed.py").write_text(text)
-        (tmp_path / "beside.py").write_text(beside)
-        code = "import json, sys; from core.plugins import load; from core.fingerprint import source_of; load(sys.argv[1]); "
-        code += "print(json.dumps({name: source_of(name) for name in ('hashed', 'two', 'three')}))"
-        done = run_command("-c", code, tmp_path / "hashed.py", env={"PYTHONDONTWRITEBYTECODE": "1"})
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+HASHES = """
+import json, os, sys
+from core.fingerprint import source_of
+from core.plugins import load
+for folder in sys.argv[1:]:
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    load(f"{folder}/hashed.py")
+    print(json.dumps({name: source_of(name) for name in ("hashed", "two", "three")}), flush=True)
+    os._exit(0)
+"""
 
-    first = hashes()
-    assert hashes("# other words\n" + HASHED.replace("(x):\n    return x + 1", "(x):\n    # why\n    return x + 1")) == first
-    assert len(set(first.values())) == 3
-    for before, after in (
+
+def test_the_hash_sees_whatever_a_plugin_computes_with_and_is_the_same_in_every_process(tmp_path):
+    def hashes(*plugins: tuple[str, str]) -> list[dict[str, str]]:
+        """Of each plugin, with what lies beside it; each in a process of its own, which all come from one that is new."""
+        folders = [tmp_path / str(n) for n in range(len(plugins))]
+        for folder, (text, beside) in zip(folders, plugins, strict=True):
+            folder.mkdir(exist_ok=True)
+            (folder / "hashed.py").write_text(text)
+            (folder / "beside.py").write_text(beside)
+        done = run_command("-c", HASHES, *folders, env={"PYTHONDONTWRITEBYTECODE": "1"})
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    changes = [
         ("[1, 2]", "[1, 3]"), ('"k": 1', '"k": 2'), ("[1.0, 2.0]", "[1.0, 3.0]"), (", None", ", 0"),
         ("torch.sin", "torch.tan"), ("lambda x: x", "lambda x: -x"), ("x + 1", "x + 3"), ("x + 2", "x + 3"),
-    ):  # fmt: skip
-        assert hashes(HASHED.replace(before, after))["hashed"] != first["hashed"], before
-    changed = hashes(beside="F = 2")
-    assert all(changed[name] != first[name] for name in first)
+    ]  # fmt: skip
+    reworded = "# other words\n" + HASHED.replace("(x):\n    return x + 1", "(x):\n    # why\n    return x + 1")
+    texts = [reworded, *(HASHED.replace(before, after) for before, after in changes)]
+    first, same, *changed, all_changed = hashes((HASHED, "F = 1"), *((text, "F = 1") for text in texts), (HASHED, "F = 2"))
+    assert first == same == hashes((HASHED, "F = 1"))[0] and len(set(first.values())) == 3
+    for found, change in zip(changed, changes, strict=True):
+        assert found["hashed"] != first["hashed"], change
+    assert all(all_changed[name] != first[name] for name in first)
 
 
 def test_what_is_installed_below_a_plugins_folder_is_not_the_users(tmp_path):
