@@ -147,6 +147,16 @@ def render_training() -> str:
     return f"{table(['', *TIMED], rows)}\n{source(found)}\n"
 
 
+def render_rotary() -> str:
+    """A row per encoding of results/bench-rotary-cpu.json: the step beside RoPE's, and the process's peak memory."""
+    found = result("rotary-cpu")
+    rows = [
+        [*timing(one, one["candidate"], 0)[:5], f"{one['vs_baseline']:.2f}", f"{one['peak_memory_bytes'] / 1e9:.2f}"]
+        for one in found["results"]
+    ]
+    return f"{table(['', *TIMED[:4], '÷ rope', 'GB'], rows)}\n{source(found)}\n"
+
+
 def render_gpu() -> str:
     """A table for each GPU: a row per candidate and peer, as they were timed together."""
     parts = []
@@ -167,4 +177,4 @@ def source(found: dict[str, Any]) -> str:
 
 def blocks() -> dict[str, str]:
     """Text for each marker of the page."""
-    return {"targets": render_targets(), "gpu": render_gpu(), "training": render_training()}
+    return {"targets": render_targets(), "gpu": render_gpu(), "training": render_training(), "rotary": render_rotary()}
