@@ -6,7 +6,7 @@ the backward pass, in the type of the matmul, which is why this is for short seq
 behind PAYS. A token's attention to the keys of a cache is decode.cpp's, where that can be had.
 
 Shapes: B batch, T new positions, S cached and new positions, H heads, D head width, N batch times heads, t queries of a block,
-s keys they may see.
+s keys they may see. Values may be narrower than queries and keys, (…, V); then so is the result.
 """
 
 import math
@@ -101,6 +101,8 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | Non
         return _BlockedAttention.apply(q_BHTD, k_BHSD, v_BHSD, c_BHS)
     if c_BHS is not None:
         return _with_columns(q_BHTD, k_BHSD, v_BHSD, c_BHS)
+    if narrower := q_BHTD.size(-1) - v_BHSD.size(-1):  # flash attention wants values as wide as the keys
+        return attention(q_BHTD, k_BHSD, functional.pad(v_BHSD, (0, narrower)), mask)[..., :-narrower]
     causal = mask is None and q_BHTD.size(2) > 1
     with nullcontext() if mask is None else of_any_length(q_BHTD):  # blocks have a mask, and each a length of its own
         return functional.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal)
@@ -189,14 +191,14 @@ class _BlockedAttention(torch.autograd.Function):
         q_NTD, k_NTD, v_NTD = (u.flatten(0, 1).contiguous() for u in (q_BHTD, k_BHTD, v_BHTD))
         c_NT = None if c_BHT is None else c_BHT.expand(q_BHTD.shape[:3]).flatten(0, 1)
         ctx.c = None if c_BHT is None or not ctx.needs_input_grad[3] else (c_BHT.shape, c_BHT.dtype)
-        y_NTD, kept = torch.empty_like(q_NTD), []
+        y_NTD, kept = torch.empty_like(v_NTD), []
         for i in range(0, q_NTD.size(1), BLOCK):
             block, seen = slice(i, i + BLOCK), slice(i + BLOCK)
             p_Nts = _probabilities(q_NTD[:, block], k_NTD[:, seen], None if c_NT is None else c_NT[:, seen]).to(q_NTD.dtype)
             y_NTD[:, block] = torch.bmm(p_Nts, v_NTD[:, seen])
             kept.append(p_Nts)
         ctx.save_for_backward(q_NTD, k_NTD, v_NTD, y_NTD, *kept)
-        return y_NTD.view_as(q_BHTD)
+        return y_NTD.view_as(v_BHTD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -204,7 +206,7 @@ class _BlockedAttention(torch.autograd.Function):
         q_NTD, k_NTD, v_NTD, y_NTD, *kept = ctx.saved_tensors
         dy_NTD, scale, dtype = dy_BHTD.flatten(0, 1), 1 / math.sqrt(q_NTD.size(2)), q_NTD.dtype
         inner_NT1 = (dy_NTD.float() * y_NTD.float()).sum(-1, keepdim=True)
-        dq_NTD, dk_NTD, dv_NTD = torch.empty_like(q_NTD), *(torch.zeros(q_NTD.shape) for _ in range(2))
+        dq_NTD, dk_NTD, dv_NTD = torch.empty_like(q_NTD), torch.zeros(k_NTD.shape), torch.zeros(v_NTD.shape)
         dc_NT = torch.zeros(q_NTD.shape[:2])
         for i, p_Nts in enumerate(kept):
             block, seen = slice(i * BLOCK, (i + 1) * BLOCK), slice((i + 1) * BLOCK)
@@ -219,4 +221,4 @@ class _BlockedAttention(torch.autograd.Function):
             dv_NTD[:, seen] += torch.bmm(p_Nts.transpose(1, 2), dy_NTD[:, block])
         grads = dq_NTD, dk_NTD.mul_(scale).to(dtype), dv_NTD.to(dtype)
         dc_BHT = dc_NT.view(dy_BHTD.shape[:3]).sum_to_size(ctx.c[0]).to(ctx.c[1]) if ctx.c else None
-        return *(grad.view_as(dy_BHTD) for grad in grads), dc_BHT
+        return *(grad.view(*dy_BHTD.shape[:3], -1) for grad in grads), dc_BHT

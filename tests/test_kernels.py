@@ -147,6 +147,27 @@ def test_blocked_attention_is_as_exact_as_torch_s(T, D, dtype):
     assert all(o < 2 * t for o, t in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("T", "dtype"), [(1, "float32"), (40, "bfloat16"), (300, "float32"), (300, "bfloat16"), (900, "float32")]
+)
+def test_values_may_be_narrower_than_keys(T, dtype):
+    """In blocks, by torch's own, and of one token to the keys of a cache; values and gradients."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 3, n, D, generator=generator) for n, D in ((T, 32), (max(T, 7), 32), (max(T, 7), 16)))
+    q, k, v = (u.to(getattr(torch, dtype)).requires_grad_(T > 1) for u in (q, k, v))
+    exact = [u.detach().double().requires_grad_(T > 1) for u in (q, k, v)]
+    y = attention(q, k, v, None)
+    logits = exact[0] @ exact[1].mT / 32**0.5
+    wanted = logits.masked_fill(torch.ones(logits.shape[-2:]).tril(logits.size(-1) - T) == 0, -torch.inf).softmax(-1) @ exact[2]
+    close = 1e-5 if dtype == "float32" else 0.02
+    assert y.shape == wanted.shape and error(y, wanted) < close
+    if T > 1:
+        upstream = torch.randn(y.shape, generator=generator)
+        ours = torch.autograd.grad(y, (q, k, v), upstream.to(y.dtype))
+        theirs = torch.autograd.grad(wanted, exact, upstream.double())
+        assert all(error(mine, true) < close for mine, true in zip(ours, theirs, strict=True))
+
+
 def test_blocked_attention_is_what_runs_and_is_causal():
     q, k, v = (torch.randn(1, 1, 200, 8).bfloat16().requires_grad_() for _ in range(3))
     y = attention(q, k, v, None)

@@ -1,4 +1,4 @@
-"""HoPE, DaRoPE, FoPE, Selective RoPE and GRAPE-M: logits and gradients against formulas in float64, and what they start as."""
+"""Newer rotations, HoPE to PoPE: logits and gradients against formulas in float64, and what they start as."""
 
 import json
 import math
@@ -27,6 +27,7 @@ ARMS = [
     "selective_rope --selective_gate=true --selective_rank=3", "selective_rope --selective_bias=true --selective_gate=true",
     "grape_m", "grape_m --grape_per_head=true", "grape_m --grape_planes=learned", "grape_m_ctx",
     "grape_m_ctx --grape_clock_per_head=true --grape_clock_start=1", "grape_m_ctx --grape_planes=learned --grape_per_head=true",
+    "pope", "pope --pope_delta=uniform",
 ]  # fmt: skip
 
 
@@ -109,6 +110,14 @@ def axes(p: Parameters) -> Tensor | None:
 
 def formula(arm: str, one: torch.nn.Module, p: Parameters, x: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """q · k after the rotation, (B, H, T, T): each pair as a complex number where it is a rotation."""
+    if arm.startswith("pope"):  # √2 of it: attention divides by the root of 2D
+        m, theta = torch.arange(x.size(1), dtype=torch.float64), torch.tensor([BASE ** (-c / D) for c in range(D)]).double()
+        delta, logits = p["delta"].clamp(-2 * math.pi, 0).view(H, D), torch.zeros(())
+        for c in range(D):
+            angle = (m - m[:, None]) * theta[c] + delta[:, c, None, None]
+            lengths = functional.softplus(q[..., c])[..., None] * functional.softplus(k[..., c])[..., None, :]
+            logits = logits + math.sqrt(2) * lengths * angle.cos()
+        return logits
     if (basis := axes(p)) is not None:
         q, k = (torch.einsum("hrd,bhtd->bhtr", basis, u) for u in (q, k))
     cos, sin = waves(arm, one, p, x)
