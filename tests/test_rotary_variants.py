@@ -27,7 +27,8 @@ ARMS = [
     "selective_rope --selective_gate=true --selective_rank=3", "selective_rope --selective_bias=true --selective_gate=true",
     "grape_m", "grape_m --grape_per_head=true", "grape_m --grape_planes=learned", "grape_m_ctx",
     "grape_m_ctx --grape_clock_per_head=true --grape_clock_start=1", "grape_m_ctx --grape_planes=learned --grape_per_head=true",
-    "pope", "pope --pope_delta=uniform",
+    "grape_m --grape_log_scale=16", "grape_m_ctx --grape_clock=sigmoid --grape_clock_start=0.394", "pope",
+    "pope --pope_delta=uniform",
 ]  # fmt: skip
 
 
@@ -65,10 +66,11 @@ def phases(arm: str, p: Parameters, x: Tensor) -> Tensor:
         if "gate.weight" in p:
             phi = phi * (h @ p["gate.weight"].T + p["gate.bias"]).sigmoid().mT[..., None]
         return phi.cumsum(-2) * theta
-    omega = p["log_omega"].exp().view(-1, 1, F)
+    omega = (p["log_omega"] / (16 if "log_scale" in arm else 1)).exp().view(-1, 1, F)
     if "ctx" not in arm:
         return (m[:, None] * omega)[None]
-    step = functional.softplus(x @ p["clock.weight"].T + p["clock.bias"]).mT
+    z = x @ p["clock.weight"].T + p["clock.bias"]
+    step = (1 / (1 + (-z / 16).exp()) if "sigmoid" in arm else functional.softplus(z)).mT
     before = torch.cat((torch.zeros_like(step[..., :1]), step[..., :-1]), dim=-1)
     return before.cumsum(-1)[..., None] * omega
 
@@ -188,6 +190,7 @@ IDENTITIES = [
     ("darope", [], {"w.weight": 0.0, "alpha": 1.0}),
     ("grape_m", [], {}),
     ("grape_m", ["--grape_planes=learned", "--grape_per_head=true"], {}),
+    ("grape_m", ["--grape_log_scale=16"], {}),
     ("grape_m_ctx", ["--grape_clock_start=1"], {}),
     ("selective_rope", ["--selective_bias=true"], {"filter": 0.0}),
 ]
@@ -244,6 +247,19 @@ def test_fast_pairs_make_a_turn_in_the_training_length(length, width, fast, seri
     assert 10000 ** (-2 * (fast - 1) / width) * length >= 2 * math.pi > 10000 ** (-2 * fast / width) * length
     ones = one.of_cos[0].nonzero().tolist()
     assert ones == ([[2 * i, i] for i in range(9)] if length == 1024 else [[i, i] for i in range(series)])
+
+
+def test_a_token_counts_on_the_clock_what_the_option_says():
+    for words, start in (
+        ([], 0.001),
+        (["--grape_clock_start=2.5"], 2.5),
+        (["--grape_clock=sigmoid", "--grape_clock_start=0.394"], 0.394),
+    ):
+        one = GPT(load_config(["--n_embd=32", "--n_head=2", "--n_layer=1", "--encoding=grape_m_ctx", *words])).encodings[0]
+        clock = one.coords(torch.randn(1, 5, 32), torch.arange(5))
+        torch.testing.assert_close(clock[0, 0, :, 0], start * torch.arange(5.0).double(), rtol=1e-5, atol=0)
+    with pytest.raises(UserError, match="grape_clock_start = 1: a sigmoid's step is less than 1"):
+        load_config(["--encoding=grape_m_ctx", "--grape_clock=sigmoid", "--grape_clock_start=1"])
 
 
 @pytest.mark.parametrize("encoding", ["hope", "darope", "fope"])
