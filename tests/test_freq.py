@@ -109,7 +109,16 @@ def test_refusals(runs, tmp_path, words, message):
         freq.run(SimpleNamespace(**given), tmp_path)
 
 
-@pytest.mark.parametrize(("encoding", "message"), [("rope", "the constant 0.5623"), ("carope_frozen", "the constant 0.5623")])
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        *((name, f"'{name}' has one f for all tokens and heads, the constant 0.5623") for name in ("rope", "carope_frozen")),
+        *(
+            (name, f"'{name}' has no f;")
+            for name in ("hope", "darope", "fope", "selective_rope", "grape_m", "grape_m_ctx", "pope")
+        ),
+    ],
+)
 def test_encodings_of_one_constant_are_refused(encoding, message):
     words = [f"--encoding={encoding}", "--n_layer=1", "--n_head=1", "--n_embd=32", "--vocab_size=320", "--block_size=32"]
     with pytest.raises(UserError, match=message):

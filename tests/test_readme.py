@@ -86,22 +86,22 @@ def test_the_findings_are_those_of_the_results():
         summary = json.loads((ROOT / file).read_text())["summary"]
         return next(r for r in summary if (r["encoding"], r["length"]) == (encoding, length))
 
-    rope, hidden, carope = (at("results/lab-cpu.json", e, 256)["perplexity"] for e in ("rope", "carope_hidden", "carope"))
-    assert f"`carope_hidden`: perplexity {hidden:.1f} against {rope:.1f} at four times" in PROSE
-    assert f"(`carope`: {carope:.1f})" in PROSE
-    for encoding in (name for name in ENCODINGS if name.startswith("carope") and name != "carope_frozen"):
-        here = at("results/lab-cpu.json", encoding, 64)
-        assert abs(here["nll_difference"]) < here["nll_difference_stderr"] * here["n"] ** 0.5, "the seed-to-seed spread"
+    lab, gpu = "results/lab-cpu.json", "results/lab-gpu.json"
+    behind = {e: at(lab, e, 64) for e in ("carope", "carope_hidden")}
+    nats = {e: f"{r['nll_difference']:+.3f} ± {r['nll_difference_stderr']:.3f}".replace("-", "−") for e, r in behind.items()}
+    assert f"differs by {nats['carope_hidden']} nats" in PROSE and f"by {nats['carope']}." in PROSE
+    far = {e: at(lab, e, 256) for e in ("rope", "carope", "carope_hidden")}
+    rope, carope, hidden = (f"{r['perplexity']:.1f} ± {r['perplexity_stderr']:.1f}" for r in far.values())
+    assert f"(perplexity {hidden} against {rope}), and `carope` ({carope})" in PROSE
+    assert abs(far["carope"]["nll_difference"]) < far["carope"]["nll_difference_stderr"]
 
-    small, tiny = (
-        [math.log(PAPER[size, length]["rope"] / PAPER[size, length]["carope"]) for length in (512, 1024)]
-        for size in ("small", "tiny")
-    )
-    assert f"by {small[0]:.3f} and {tiny[0]:.3f} nats at the training length" in PROSE
-    assert f"by {tiny[1]:.1f} and {small[1]:.1f} nats at twice that length" in PROSE
-    gain = -at("results/lab-gpu.json", "carope", 1024)["nll_difference"]
-    assert f"the gain at twice the length is {gain:.3f} nats" in PROSE
-    assert f"has {len(ENCODINGS)} encodings to compare" in PROSE
+    ahead = {key: math.log(row["rope"] / row["carope"]) for key, row in PAPER.items()}
+    assert f"by {ahead['small', 1024]:.2f} nats (GPT-Small) and {ahead['tiny', 1024]:.2f} (GPT-Tiny)" in PROSE
+    assert f"the paper's gain, {ahead['small', 512]:.3f} and {ahead['tiny', 512]:.3f} nats" in PROSE
+    loses = {e: at(gpu, e, 1024)["nll"] - at(gpu, e, 512)["nll"] for e in ("rope", "carope")}
+    assert f"RoPE loses {loses['rope']:.3f} nats from 512 to 1024 and `carope` {loses['carope']:.3f}," in PROSE
+    assert f"`carope` is ahead by {-at(gpu, 'carope', 8192)['nll_difference']:.3f}." in PROSE
+    assert f"{len(ENCODINGS)} encodings to compare" in PROSE
 
 
 def test_every_measured_table_comes_from_its_file():

@@ -83,7 +83,7 @@ def check(model: GPT, path: str) -> None:
     if varies(model)[1]:
         return
     why = "has no f"
-    if encodings := rotary(model):
+    if (encodings := rotary(model)) and encodings[0].fused:  # f describes the whole rotation
         f = encodings[0].frequency(torch.zeros(1, 1, model.cfg.n_embd)).item()
         why = f"has one f for all tokens and heads, the constant {f:.4g}"
     raise UserError(f"{path}: encoding {model.cfg.encoding!r} {why}; freq looks at the encodings of carope's family")
