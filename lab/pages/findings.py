@@ -100,6 +100,7 @@ def blocks() -> dict[str, str]:
     return {
         "lab": render(result("lab")),
         "lab-again": render(result("lab-again")),
+        "lab-rotary": render(result("lab-rotary")),
         "intervene": render_interventions(result("intervene")),
         "tasks": render_tasks(result("tasks")),
         "lab-gpu": render_documents(load(ROOT / "results/lab-gpu.npz")),
