@@ -138,13 +138,16 @@ def write_code(cfg: Any, take: Callable[[str], None], bf16: bool) -> None:
 
 
 def move(model: Any) -> None:
-    """Give `model` parameters on the GPU, of which there are but shapes: `to` would have values to copy."""
+    """Give `model` parameters and buffers on the GPU, of which there are but shapes: `to` would have values to copy."""
     import torch
 
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
                 module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, device="cuda"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, device="cuda")
 
 
 def kernels(cfg: Any, bf16: bool) -> Iterator[str]:
