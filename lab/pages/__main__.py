@@ -24,7 +24,7 @@ PAGES: dict[str, Callable[[], dict[str, str]]] = {  # page → the text for each
 
 @command
 def main() -> None:
-    """Write the pages that the command line names, or all, and their figures."""
+    """Write the pages that the command line names, or all; docs/findings.md with its figures and the README's."""
     parser = CommandLine(__doc__)
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"some of {', '.join(PAGES)} [default: all]")
     pages = parser.parse_args().pages or list(PAGES)
@@ -32,8 +32,6 @@ def main() -> None:
         raise UserError(f"{unknown[0]}: nothing is computed there; pages are {', '.join(PAGES)}")
     for page in pages:
         write_blocks(ROOT / page, PAGES[page]())
-    if "README.md" in pages:
-        findings.draw_readme(ROOT / "docs/carope-vs-rope.png")
     if "docs/findings.md" in pages:
         findings.draw_figures()
 

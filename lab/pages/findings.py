@@ -125,7 +125,8 @@ def draw_readme(path: Path) -> None:
 
 
 def draw_figures() -> None:
-    """The figures of the laboratory and of the tasks, beside the page."""
+    """The figures of the page, and the README's, which is of the same results."""
+    draw_readme(ROOT / "docs/carope-vs-rope.png")
     draw_families(result("lab"), ROOT / "docs/lab-cpu.png")
     merged = merge_seeds(result("tasks"))
     tasks.draw(merged, list(dict.fromkeys(r["task"] for r in merged[0]["results"])), ROOT / "docs/tasks-cpu.png")

@@ -315,7 +315,7 @@ def test_a_valid_config_reads_back_as_it_was(fault, tmp_path):
     @example(values={"grad_clip": float("inf")})
     @example(values={"lr": 5e-324})
     def run(values: dict[str, Any]) -> None:
-        cfg = Config(**SMALL | {"min_lr": 0.0} | values)
+        cfg = Config(**SMALL | {"min_lr": 0.0, "block_size": 8} | values)  # shorter, and some encodings refuse
         kept = {key: value for key, value in values.items() if key in Config.model_fields or key in cfg.own_options}
         assert values.keys() - kept <= {"rope_base"} and all(getattr(cfg, key) == value for key, value in kept.items())
         assert_reads_back(cfg, tmp_path)
