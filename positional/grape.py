@@ -45,7 +45,7 @@ class GRAPEM(RoPE):
     )
     per_layer = True
     scalable = False
-    beyond = "as RoPE: phases that grow on, at the rates learned"
+    beyond = "as RoPE: phases keep growing, at the learned rates"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -108,7 +108,7 @@ class GRAPEMContextual(GRAPEM):
     )
     family = "context-aware rotary"
     hidden = True
-    beyond = "as RoPE: phases that grow on; the tokens set the rate, so training can keep them within a known range"
+    beyond = "as RoPE: phases keep growing; the tokens set the rate, so training can keep them in a known range"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)

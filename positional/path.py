@@ -52,6 +52,7 @@ class PaTH(OwnWeights):
         nn.init.uniform_(self.filter, -1 / math.sqrt(FILTER), 1 / math.sqrt(FILTER))  # torch's own for a convolution
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        """w of length 1, β in (0, 2) and the convolution's inputs of two tokens, (B, H, T, 3D + 1) fp32."""
         B, T, C = x_BTC.shape
         D = C // self.n_head
         with torch.autocast(x_BTC.device.type, enabled=False):

@@ -29,7 +29,7 @@ class PoPE(PositionalEncoding):
     family = "rotary"
     changes = "queries, keys"
     per_layer = True
-    beyond = "as RoPE: every channel slower than one turn per training length gets angles it has never seen"
+    beyond = "as RoPE: every channel slower than one turn per training length reaches angles it has never seen"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)

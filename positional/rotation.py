@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 
 
 def cos_sin_of_long(phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, fp32, of `phase` in `widest`, radians: without whole turns fp32 holds its digits, and is faster."""
+    """Cosine and sine, fp32, of `phase` in `widest`, radians: without whole turns fp32 holds its digits, and is faster.
+
+    CARoPE.cos_sin computes the same and does not call this: the hash of its code, and so of its runs, would change.
+    """
     rest = (phase * (1 / math.tau)).frac().float() * math.tau
     return rest.cos(), rest.sin()
 

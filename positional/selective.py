@@ -39,7 +39,7 @@ class SelectiveRoPE(RoPE):
     family = "context-aware rotary"
     per_layer = hidden = True
     scalable = False
-    beyond = "phases grow on by what the tokens say, so training may hold them within a known range"
+    beyond = "phases keep growing; the tokens set the rate, so training can keep them in a known range"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -60,6 +60,7 @@ class SelectiveRoPE(RoPE):
             nn.init.zeros_(self.gate.bias)
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
+        """Phases, radians, (B, H, T, F) `widest`; with a cache (B, H, T, 4F), the inputs of the last 3 tokens behind them."""
         B, T, _ = x_BTC.shape
         with torch.autocast(x_BTC.device.type, enabled=False):
             h_BTHD = x_BTC.float().unflatten(-1, (self.n_head, -1))

@@ -43,7 +43,7 @@ class HoPE(SlowPairsApart):
     Not the hyperbolic rotary encoding of the same name (2509.05218), nor the one for videos (2505.20444).
     """
 
-    beyond = "every pair that turns has made whole turns in training; the others do not know a length"
+    beyond = "every rotating pair has completed full turns in training; the other pairs carry no position"
 
     def coords(self, x_BTC: Tensor, pos_T: Tensor, last: Tensor | None = None) -> Tensor:
         return super().coords(x_BTC, pos_T, last) * (torch.arange(self.n_pairs, device=pos_T.device) < self.n_fast)
@@ -62,7 +62,7 @@ class DaRoPE(SlowPairsApart):
     family = "context-aware rotary"
     per_layer = hidden = True
     scalable = False
-    beyond = "slow pairs stay within the angles of training, whatever the length; fast ones have made whole turns in training"
+    beyond = "slow pairs stay within the angles seen in training at any length; fast pairs have completed full turns there"
     END = 1e-6  # of the training length: how near to its ends β is still finite
 
     def __init__(self, cfg: Any) -> None:
@@ -105,7 +105,7 @@ class FoPE(SlowPairsApart):
     options = (Option("fope_gain", 0.3, "strength of the random part of the Fourier coefficients", ge=0, le=100),)
     per_layer = True
     scalable = False
-    beyond = "sums of waves that have all made whole turns in training; the other pairs do not know a length"
+    beyond = "sums of waves that have all completed full turns in training; the other pairs carry no position"
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
